@@ -1,0 +1,203 @@
+//! Combinations of values that could not work, refused before anything runs.
+
+use super::{ConfigError, OptimizerConfig, Pipeline};
+
+type Check = Result<(), ConfigError>;
+
+fn require(ok: bool, key: &'static str, message: &str, hint: &str) -> Check {
+    if ok { Ok(()) } else { Err(ConfigError::Invalid { key, message: message.into(), hint: hint.into() }) }
+}
+
+impl Pipeline {
+    /// Checks that the values can work together.
+    ///
+    /// # Errors
+    /// Names the first key that cannot work, why, and what to do.
+    pub fn validate(&self) -> Check {
+        self.validate_model()?;
+        self.validate_tasks()?;
+        self.validate_rollout()?;
+        self.validate_stages()
+    }
+
+    fn validate_model(&self) -> Check {
+        let (path, scratch) = (self.model.path.is_some(), self.model.scratch.is_some());
+        require(
+            path != scratch,
+            "model",
+            "needs either `path` or `scratch`, and not both",
+            "set model.path to a Hugging Face directory, or give a [model.scratch] shape",
+        )?;
+        require(
+            path || self.tokenizer.path.is_some() || self.tokenizer.train.is_some(),
+            "tokenizer",
+            "a model from scratch brings no tokenizer",
+            "set tokenizer.path, or train one with [tokenizer.train]",
+        )?;
+        let Some(shape) = &self.model.scratch else { return Ok(()) };
+        let heads = shape.num_attention_heads;
+        let kv = shape.num_key_value_heads.unwrap_or(heads);
+        require(
+            heads > 0 && shape.hidden_size % heads == 0 && (shape.hidden_size / heads) % 2 == 0,
+            "model.scratch.num_attention_heads",
+            "must divide hidden_size into even heads",
+            "for example hidden_size = 64 with 4 heads",
+        )?;
+        require(
+            kv > 0 && heads % kv == 0,
+            "model.scratch.num_key_value_heads",
+            "must divide num_attention_heads",
+            "leave it out for one key/value head per query head",
+        )?;
+        require(
+            shape.num_hidden_layers > 0 && shape.intermediate_size > 0,
+            "model.scratch",
+            "needs at least one layer and an inner width",
+            "set num_hidden_layers and intermediate_size",
+        )
+    }
+
+    fn validate_tasks(&self) -> Check {
+        let tasks = &self.tasks;
+        require(tasks.top_k >= 2, "tasks.top_k", "must be at least 2", "the paper uses 16")?;
+        require(
+            tasks.min_entropy < tasks.max_entropy,
+            "tasks.min_entropy",
+            "must be below max_entropy: no position lies between the bounds",
+            "entropies are in nats; over 16 tokens they reach ln 16 = 2.77",
+        )?;
+        require(
+            tasks.min_entropy < (tasks.top_k as f32).ln(),
+            "tasks.min_entropy",
+            "is above ln(top_k), which no position can reach",
+            "lower min_entropy or raise top_k",
+        )?;
+        require(
+            tasks.positions_per_document > 0 && tasks.documents_per_shard > 0,
+            "tasks.positions_per_document",
+            "must be at least 1, as must documents_per_shard",
+            "leave it out for the default",
+        )?;
+        require(
+            tasks.max_document_tokens > tasks.min_context,
+            "tasks.max_document_tokens",
+            "must be above min_context",
+            "raise max_document_tokens or lower min_context",
+        )?;
+        require(
+            (0.0..=1.0).contains(&tasks.random_share),
+            "tasks.random_share",
+            "is a share between 0 and 1",
+            "0.05 keeps one position in twenty",
+        )
+    }
+
+    fn validate_rollout(&self) -> Check {
+        let rollout = &self.rollout;
+        require(
+            rollout.samples_per_task >= 2 || self.train.is_none(),
+            "rollout.samples_per_task",
+            "group-relative advantages need at least 2 rollouts of a task",
+            "the paper uses 8",
+        )?;
+        require(
+            rollout.temperature > 0.0 && rollout.temperature.is_finite() || self.train.is_none(),
+            "rollout.temperature",
+            "must be above 0 for training",
+            "the paper trains at 0.8",
+        )?;
+        require(
+            rollout.top_p > 0.0 && rollout.top_p <= 1.0 && (0.0..1.0).contains(&rollout.min_p),
+            "rollout.top_p",
+            "top_p lies in (0, 1] and min_p in [0, 1)",
+            "top_p = 1 and min_p = 0 switch them off",
+        )?;
+        require(
+            rollout.max_new_tokens > 0,
+            "rollout.max_new_tokens",
+            "must be at least 1",
+            "leave it out for the default",
+        )
+    }
+
+    fn validate_stages(&self) -> Check {
+        if let Some(pretrain) = &self.pretrain {
+            validate_optimizer(&pretrain.optimizer, "pretrain.optimizer")?;
+            require(
+                pretrain.documents_per_step > 0,
+                "pretrain.documents_per_step",
+                "must be at least 1",
+                "8 works for small models",
+            )?;
+        }
+        if let Some(cold_start) = &self.cold_start {
+            validate_optimizer(&cold_start.optimizer, "cold_start.optimizer")?;
+            require(
+                cold_start.traces_per_step > 0,
+                "cold_start.traces_per_step",
+                "must be at least 1",
+                "32 works for small models",
+            )?;
+        }
+        if let Some(train) = &self.train {
+            validate_optimizer(&train.optimizer, "train.optimizer")?;
+            require(
+                train.tasks_per_step > 0 && train.updates_per_step > 0,
+                "train.tasks_per_step",
+                "must be at least 1, as must updates_per_step",
+                "the paper uses 256 tasks and 1 update",
+            )?;
+            require(
+                train.updates_per_step <= train.tasks_per_step,
+                "train.updates_per_step",
+                "is larger than tasks_per_step",
+                "1 keeps the run exactly on-policy",
+            )?;
+        }
+        self.validate_controls()?;
+        require(
+            self.run.checkpoint_every > 0 && self.run.tokens_per_micro_batch > 0,
+            "run.checkpoint_every",
+            "must be at least 1, as must tokens_per_micro_batch",
+            "leave it out for the default",
+        )
+    }
+
+    fn validate_controls(&self) -> Check {
+        let controls = &self.controls;
+        require(
+            !controls.continued_ntp || self.pretrain.is_some(),
+            "controls.continued_ntp",
+            "continues the pre-training stage, which this pipeline lacks",
+            "add [pretrain] or switch the control off",
+        )?;
+        require(
+            !(controls.more_cold_start || controls.clean_traces) || self.cold_start.is_some(),
+            "controls.more_cold_start",
+            "and clean_traces continue the cold start, which this pipeline lacks",
+            "add [cold_start] or switch the controls off",
+        )
+    }
+}
+
+fn validate_optimizer(optimizer: &OptimizerConfig, key: &'static str) -> Check {
+    let share = |value: f32| (0.0..=1.0).contains(&value);
+    require(
+        optimizer.learning_rate > 0.0 && optimizer.learning_rate.is_finite(),
+        key,
+        "learning_rate must be above 0",
+        "1e-6 for a pretrained model, about 1e-3 from scratch",
+    )?;
+    require(
+        share(optimizer.beta1) && share(optimizer.beta2) && optimizer.beta1 < 1.0 && optimizer.beta2 < 1.0,
+        key,
+        "beta1 and beta2 lie in [0, 1)",
+        "leave them out for the defaults",
+    )?;
+    require(
+        share(optimizer.decay_share) && share(optimizer.final_share),
+        key,
+        "decay_share and final_share lie between 0 and 1",
+        "leave them out for the defaults",
+    )
+}

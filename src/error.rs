@@ -1,0 +1,58 @@
+//! The library's error: one variant per room, each with advice where there is any.
+
+use crate::checkpoint::CheckpointError;
+use crate::config::ConfigError;
+use crate::corpus::CorpusError;
+use crate::ledger::LedgerError;
+use crate::model::ModelError;
+use crate::report::ReportError;
+use crate::tasks::TasksError;
+use crate::tokenize::TokenizeError;
+
+/// Result of a fallible library call.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Anything that can go wrong in the library.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A pipeline file was refused.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The corpus could not be read.
+    #[error(transparent)]
+    Corpus(#[from] CorpusError),
+    /// A tokenizer could not be loaded or trained.
+    #[error(transparent)]
+    Tokenize(#[from] TokenizeError),
+    /// Tasks could not be built or read.
+    #[error(transparent)]
+    Tasks(#[from] TasksError),
+    /// A model could not be loaded or run.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A checkpoint could not be written or read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The ledger does not balance or could not be kept.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// Metrics or a report could not be written.
+    #[error(transparent)]
+    Report(#[from] ReportError),
+}
+
+impl Error {
+    /// Advice for the user, if there is any.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Config(error) => error.hint(),
+            Self::Corpus(error) => error.hint(),
+            Self::Tokenize(error) => error.hint(),
+            Self::Tasks(error) => error.hint(),
+            Self::Model(error) => error.hint(),
+            Self::Checkpoint(error) => error.hint(),
+            Self::Ledger(error) => error.hint(),
+            Self::Report(error) => error.hint(),
+        }
+    }
+}

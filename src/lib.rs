@@ -1,0 +1,21 @@
+//! `rpt`: reinforcement pre-training in one binary.
+//!
+//! Unlabeled text becomes verifiable next-token reasoning tasks; a model samples chains of thought
+//! with predictions; predictions that match the text's own bytes are rewarded; GRPO updates the
+//! model. ARCHITECTURE.md describes the rooms and the laws that hold them together.
+
+pub mod checkpoint;
+pub mod config;
+pub mod corpus;
+mod error;
+pub mod kernels;
+pub mod ledger;
+pub mod model;
+pub mod report;
+pub mod reward;
+pub mod rollout;
+pub mod tasks;
+pub mod tokenize;
+pub mod train;
+
+pub use error::{Error, Result};

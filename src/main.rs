@@ -1,0 +1,3 @@
+//! The `rpt` command.
+
+fn main() {}
