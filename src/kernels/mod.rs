@@ -1,1 +1,24 @@
-//! Room under construction.
+//! Fused operations with their backward passes, one file per operation.
+//!
+//! Two rules hold in every forward operation. Each output element is one chain of fused
+//! multiply-adds in a fixed order, and every reduction runs over sixteen lanes in a fixed tree.
+//! A result therefore depends neither on the batch it was computed in, nor on the number of
+//! threads, nor on the instruction set: decoding, prefill and training give the same bits.
+
+pub mod attention;
+pub mod elementary;
+pub mod head;
+pub mod matmul;
+pub mod norm;
+pub mod parallel;
+pub mod rotary;
+pub mod simd;
+pub mod swiglu;
+
+/// Lanes of every vector operation, on every instruction set.
+pub const LANES: usize = 16;
+
+/// The next multiple of [`LANES`].
+pub const fn pad(n: usize) -> usize {
+    n.div_ceil(LANES) * LANES
+}

@@ -1,0 +1,324 @@
+//! Linear head + log-softmax + gather + entropy, chunked over the vocabulary: full logits of a
+//! training batch never exist.
+//!
+//! The normaliser is built from blocks of [`BLOCK`] logits in order, each reduced over sixteen
+//! lanes. The engine, which holds a row of logits to sample from, runs the same blocks, so a
+//! sampled token's log-probability has the bits that training computes for it.
+
+use super::elementary::{exp, exp_sums, max};
+use super::matmul::{Left, Packed, matmul};
+use super::parallel::for_each_row;
+use super::simd::multiversion;
+
+/// Vocabulary entries reduced together.
+pub const BLOCK: usize = 512;
+
+/// The output matrix `[vocabulary, hidden]` cut into blocks of [`BLOCK`] entries and packed.
+#[derive(Clone, Debug, Default)]
+pub struct PackedHead {
+    /// Each block's transpose, for logits.
+    forward: Vec<Packed>,
+    /// Each block itself, for the gradient of the hidden states.
+    backward: Vec<Packed>,
+    hidden: usize,
+    vocabulary: usize,
+}
+
+impl PackedHead {
+    /// Packs a row-major `weight [vocabulary, hidden]`.
+    pub fn pack(&mut self, weight: &[f32], vocabulary: usize, hidden: usize, with_backward: bool) {
+        (self.hidden, self.vocabulary) = (hidden, vocabulary);
+        let blocks = vocabulary.div_ceil(BLOCK);
+        self.forward.resize_with(blocks, Packed::default);
+        self.backward.resize_with(if with_backward { blocks } else { 0 }, Packed::default);
+        for (at, rows) in weight.chunks(BLOCK * hidden).enumerate() {
+            let entries = rows.len() / hidden;
+            self.forward[at].pack_transposed(rows, entries, hidden);
+            if with_backward {
+                self.backward[at].pack(rows, entries, hidden, hidden);
+            }
+        }
+    }
+
+    /// Entries of the vocabulary.
+    pub fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
+
+    /// Logits `[rows, vocabulary]` of hidden states `[rows, hidden]`: for sampling and scoring,
+    /// where the caller bounds the number of rows.
+    pub fn logits(&self, hidden: &[f32], rows: usize, out: &mut [f32]) {
+        let mut block_out = Vec::new();
+        for (at, block) in self.forward.iter().enumerate() {
+            let width = block.columns();
+            block_out.resize(rows * width, 0.0);
+            matmul(Left::rows(hidden, self.hidden), rows, block, &mut block_out, false);
+            for (row, values) in block_out.chunks_exact(width).enumerate() {
+                out[row * self.vocabulary + at * BLOCK..][..width].copy_from_slice(values);
+            }
+        }
+    }
+}
+
+/// Running log-sum-exp over blocks of logits, with the sum that the entropy needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Normalizer {
+    inverse_temperature: f32,
+    largest: f32,
+    sum: f32,
+    weighted: f32,
+}
+
+impl Normalizer {
+    /// A normaliser of softmax(inverse_temperature * logits).
+    pub fn new(inverse_temperature: f32) -> Self {
+        Self { inverse_temperature, largest: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0 }
+    }
+
+    /// Takes in the next block of logits.
+    pub fn add(&mut self, logits: &[f32]) {
+        let scale = self.inverse_temperature;
+        let block_largest = max(logits);
+        let largest = block_largest.max(self.largest);
+        let (sum, weighted) = exp_sums(logits, largest, scale);
+        let shrink = exp((self.largest - largest) * scale);
+        self.sum = self.sum.mul_add(shrink, sum);
+        self.weighted = self.weighted.mul_add(shrink, weighted);
+        self.largest = largest;
+    }
+
+    /// The normaliser of a whole row of logits.
+    pub fn of_row(logits: &[f32], inverse_temperature: f32) -> Self {
+        let mut normalizer = Self::new(inverse_temperature);
+        logits.chunks(BLOCK).for_each(|block| normalizer.add(block));
+        normalizer
+    }
+
+    /// ln of the sum of e^(inverse_temperature * logit).
+    pub fn log_sum(&self) -> f32 {
+        self.largest.mul_add(self.inverse_temperature, self.sum.ln())
+    }
+
+    /// Log-probability of a logit.
+    pub fn logprob(&self, logit: f32) -> f32 {
+        (logit - self.largest).mul_add(self.inverse_temperature, -self.sum.ln())
+    }
+
+    /// Entropy in nats of the whole distribution.
+    pub fn entropy(&self) -> f32 {
+        self.log_sum() - self.inverse_temperature * self.weighted / self.sum
+    }
+}
+
+/// What the head says about one target token.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TokenScore {
+    /// Log-probability at temperature 1.
+    pub logprob: f32,
+    /// Log-probability at the policy's temperature.
+    pub policy_logprob: f32,
+    /// Entropy in nats at temperature 1.
+    pub entropy: f32,
+}
+
+/// Log-probabilities of one target per row of `hidden [rows, hidden]`.
+pub fn score(head: &PackedHead, hidden: &[f32], targets: &[u32], inverse_temperature: f32) -> Vec<TokenScore> {
+    let rows = targets.len();
+    let mut states = vec![RowState::new(inverse_temperature); rows];
+    let mut logits = Vec::new();
+    for (at, block) in head.forward.iter().enumerate() {
+        let width = block.columns();
+        logits.resize(rows * width, 0.0);
+        matmul(Left::rows(hidden, head.hidden), rows, block, &mut logits, false);
+        for ((state, logits), target) in states.iter_mut().zip(logits.chunks_exact(width)).zip(targets) {
+            state.add(logits, (*target as usize).wrapping_sub(at * BLOCK));
+        }
+    }
+    states.iter().map(RowState::score).collect()
+}
+
+#[derive(Clone)]
+struct RowState {
+    plain: Normalizer,
+    tempered: Option<Normalizer>,
+    target: f32,
+}
+
+impl RowState {
+    fn new(inverse_temperature: f32) -> Self {
+        let tempered = (inverse_temperature != 1.0).then(|| Normalizer::new(inverse_temperature));
+        Self { plain: Normalizer::new(1.0), tempered, target: f32::NAN }
+    }
+
+    fn add(&mut self, logits: &[f32], target: usize) {
+        self.plain.add(logits);
+        if let Some(tempered) = &mut self.tempered {
+            tempered.add(logits);
+        }
+        if let Some(logit) = logits.get(target) {
+            self.target = *logit;
+        }
+    }
+
+    fn score(&self) -> TokenScore {
+        let logprob = self.plain.logprob(self.target);
+        let policy_logprob = self.tempered.as_ref().map_or(logprob, |tempered| tempered.logprob(self.target));
+        TokenScore { logprob, policy_logprob, entropy: self.plain.entropy() }
+    }
+}
+
+/// One row of the backward pass: the gradient of `coefficient x policy log-probability of target`.
+#[derive(Clone, Copy, Debug)]
+pub struct TargetGradient {
+    /// The token.
+    pub target: u32,
+    /// Derivative of the loss with respect to its policy log-probability.
+    pub coefficient: f32,
+    /// Inverse temperature of the policy.
+    pub inverse_temperature: f32,
+}
+
+/// Adds the gradients of hidden states `[rows, hidden]` and of the weight `[vocabulary, hidden]`.
+///
+/// d logprob(t) / d logit(c) = inverse_temperature * ([c = t] - p(c)).
+pub fn backward(
+    head: &PackedHead,
+    hidden: &[f32],
+    targets: &[TargetGradient],
+    grad_hidden: &mut [f32],
+    grad_weight: &mut [f32],
+) {
+    let rows = targets.len();
+    let normalizers = normalizers(head, hidden, targets);
+    let mut packed_hidden = Packed::default();
+    packed_hidden.pack(hidden, rows, head.hidden, head.hidden);
+    let mut logits = Vec::new();
+    for (at, block) in head.forward.iter().enumerate() {
+        let width = block.columns();
+        logits.resize(rows * width, 0.0);
+        matmul(Left::rows(hidden, head.hidden), rows, block, &mut logits, false);
+        for_each_row(&mut logits, width, |row, logits| {
+            let TargetGradient { target, coefficient, inverse_temperature } = targets[row];
+            let factor = coefficient * inverse_temperature;
+            logit_gradients(logits, inverse_temperature, normalizers[row], factor);
+            if let Some(logit) = logits.get_mut((target as usize).wrapping_sub(at * BLOCK)) {
+                *logit += factor;
+            }
+        });
+        matmul(Left::rows(&logits, width), rows, &head.backward[at], grad_hidden, true);
+        let grad_block = &mut grad_weight[at * BLOCK * head.hidden..][..width * head.hidden];
+        matmul(Left::transposed(&logits, width), width, &packed_hidden, grad_block, true);
+    }
+}
+
+/// Log-sums of every row.
+fn normalizers(head: &PackedHead, hidden: &[f32], targets: &[TargetGradient]) -> Vec<f32> {
+    let rows = targets.len();
+    let mut states: Vec<Normalizer> =
+        targets.iter().map(|target| Normalizer::new(target.inverse_temperature)).collect();
+    let mut logits = Vec::new();
+    for block in &head.forward {
+        let width = block.columns();
+        logits.resize(rows * width, 0.0);
+        matmul(Left::rows(hidden, head.hidden), rows, block, &mut logits, false);
+        states.iter_mut().zip(logits.chunks_exact(width)).for_each(|(state, logits)| state.add(logits));
+    }
+    states.iter().map(Normalizer::log_sum).collect()
+}
+
+multiversion! {
+    /// Replaces logits by `-factor * probability`.
+    fn logit_gradients(logits: &mut [f32], inverse_temperature: f32, log_sum: f32, factor: f32) {
+        for logit in logits {
+            *logit = -factor * exp(logit.mul_add(inverse_temperature, -log_sum));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example() -> (PackedHead, Vec<f32>, Vec<f32>) {
+        let (vocabulary, hidden, rows) = (700, 8, 5);
+        let wave = |i: usize, s: f32| (i as f32 * s).sin();
+        let weight: Vec<f32> = (0..vocabulary * hidden).map(|i| wave(i, 0.37)).collect();
+        let states: Vec<f32> = (0..rows * hidden).map(|i| wave(i, 1.7)).collect();
+        let mut head = PackedHead::default();
+        head.pack(&weight, vocabulary, hidden, true);
+        (head, weight, states)
+    }
+
+    /// ln softmax(beta * logits)[target] and the entropy at beta = 1, in double precision.
+    fn reference(weight: &[f32], state: &[f32], target: usize, beta: f64) -> (f64, f64) {
+        let logits: Vec<f64> = weight
+            .chunks(8)
+            .map(|row| row.iter().zip(state).map(|(w, h)| f64::from(*w) * f64::from(*h)).sum())
+            .collect();
+        let log_sum = |beta: f64| logits.iter().map(|l| (beta * l).exp()).sum::<f64>().ln();
+        let plain = log_sum(1.0);
+        let entropy = logits.iter().map(|l| -(l - plain).exp() * (l - plain)).sum();
+        (beta * logits[target] - log_sum(beta), entropy)
+    }
+
+    #[test]
+    fn scores_agree_with_double_precision_and_with_whole_rows() {
+        let (head, weight, states) = example();
+        let targets = [0, 511, 512, 699, 300];
+        let scores = score(&head, &states, &targets, 1.25);
+        let mut logits = vec![0.0; 5 * 700];
+        head.logits(&states, 5, &mut logits);
+        for (row, target) in targets.iter().enumerate() {
+            let state = &states[row * 8..][..8];
+            let (tempered, entropy) = reference(&weight, state, *target as usize, 1.25);
+            let (plain, _) = reference(&weight, state, *target as usize, 1.0);
+            assert!((f64::from(scores[row].policy_logprob) - tempered).abs() < 1e-5);
+            assert!((f64::from(scores[row].logprob) - plain).abs() < 1e-5);
+            assert!((f64::from(scores[row].entropy) - entropy).abs() < 1e-4);
+            let logits = &logits[row * 700..][..700];
+            let from_row = Normalizer::of_row(logits, 1.25).logprob(logits[*target as usize]);
+            assert_eq!(from_row.to_bits(), scores[row].policy_logprob.to_bits());
+        }
+    }
+
+    #[test]
+    fn gradients_match_finite_differences() {
+        let (head, weight, states) = example();
+        let targets: Vec<TargetGradient> = [3, 600, 512, 0, 42]
+            .iter()
+            .enumerate()
+            .map(|(i, t)| TargetGradient {
+                target: *t,
+                coefficient: i as f32 * 0.3 - 0.5,
+                inverse_temperature: 1.25,
+            })
+            .collect();
+        let loss = |weight: &[f32], states: &[f32]| -> f64 {
+            targets
+                .iter()
+                .enumerate()
+                .map(|(row, t)| {
+                    let (logprob, _) = reference(weight, &states[row * 8..][..8], t.target as usize, 1.25);
+                    f64::from(t.coefficient) * logprob
+                })
+                .sum()
+        };
+        let (mut grad_hidden, mut grad_weight) = (vec![0.0; states.len()], vec![0.0; weight.len()]);
+        backward(&head, &states, &targets, &mut grad_hidden, &mut grad_weight);
+        let shifted = |v: &[f32], at: usize, by: f32| {
+            let mut v = v.to_vec();
+            v[at] += by;
+            v
+        };
+        for at in 0..states.len() {
+            let numeric =
+                (loss(&weight, &shifted(&states, at, 1e-3)) - loss(&weight, &shifted(&states, at, -1e-3))) / 2e-3;
+            assert!((numeric - f64::from(grad_hidden[at])).abs() < 2e-4, "{numeric} {}", grad_hidden[at]);
+        }
+        for at in (0..weight.len()).step_by(97) {
+            let numeric =
+                (loss(&shifted(&weight, at, 1e-2), &states) - loss(&shifted(&weight, at, -1e-2), &states)) / 2e-2;
+            assert!((numeric - f64::from(grad_weight[at])).abs() < 2e-4);
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! Root-mean-square normalisation (Zhang & Sennrich, arXiv 1910.07467), forward and backward.
+
+use super::LANES;
+use super::elementary::{dot, sum_lanes};
+use super::simd::multiversion;
+
+multiversion! {
+    /// `out = x * scale * weight` for one row.
+    fn apply(x: &[f32], scale: f32, weight: &[f32], out: &mut [f32]) {
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = *x * scale * *weight;
+        }
+    }
+}
+
+/// Normalises one row; returns the factor 1 / sqrt(mean(x^2) + epsilon) that the backward pass needs.
+pub fn forward(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) -> f32 {
+    let scale = 1.0 / (dot(x, x) / x.len() as f32 + epsilon).sqrt();
+    apply(x, scale, weight, out);
+    scale
+}
+
+/// Normalises one row again from the factor that [`forward`] returned.
+pub fn replay(x: &[f32], weight: &[f32], scale: f32, out: &mut [f32]) {
+    apply(x, scale, weight, out);
+}
+
+multiversion! {
+    /// Adds the input gradient of one row to `grad_x` and the weight gradient to `grad_weight`.
+    ///
+    /// With n elements, s the forward factor and g = grad_out * weight:
+    /// dx = s * g - s^3 * x * mean(g * x), dw = grad_out * x * s.
+    pub fn backward(
+        x: &[f32],
+        weight: &[f32],
+        scale: f32,
+        grad_out: &[f32],
+        grad_x: &mut [f32],
+        grad_weight: &mut [f32],
+    ) {
+        let n = x.len();
+        let mut lanes = [0.0_f32; LANES];
+        for at in 0..n {
+            lanes[at % LANES] = (grad_out[at] * weight[at]).mul_add(x[at], lanes[at % LANES]);
+        }
+        let correction = scale * scale * scale * sum_lanes(&lanes) / n as f32;
+        for at in 0..n {
+            grad_x[at] += scale * grad_out[at] * weight[at] - correction * x[at];
+            grad_weight[at] += grad_out[at] * x[at] * scale;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gradients_match_finite_differences() {
+        let n = 24;
+        let x: Vec<f32> = (0..n).map(|i| ((i * 7 % 11) as f32 - 5.0) * 0.3).collect();
+        let w: Vec<f32> = (0..n).map(|i| 1.0 + (i as f32) * 0.01).collect();
+        let g: Vec<f32> = (0..n).map(|i| ((i * 5 % 7) as f32 - 3.0) * 0.1).collect();
+        let loss = |x: &[f32], w: &[f32]| {
+            let mut out = vec![0.0; n];
+            forward(x, w, 1e-6, &mut out);
+            out.iter().zip(&g).map(|(o, g)| f64::from(*o) * f64::from(*g)).sum::<f64>()
+        };
+        let (mut dx, mut dw, mut out) = (vec![0.0; n], vec![0.0; n], vec![0.0; n]);
+        let scale = forward(&x, &w, 1e-6, &mut out);
+        backward(&x, &w, scale, &g, &mut dx, &mut dw);
+        for at in 0..n {
+            let step = 1e-2;
+            let shift = |v: &[f32], by: f32| {
+                let mut v = v.to_vec();
+                v[at] += by;
+                v
+            };
+            let numeric = (loss(&shift(&x, step), &w) - loss(&shift(&x, -step), &w)) / f64::from(2.0 * step);
+            assert!((numeric - f64::from(dx[at])).abs() < 1e-4, "{numeric} {}", dx[at]);
+            let numeric = (loss(&x, &shift(&w, step)) - loss(&x, &shift(&w, -step))) / f64::from(2.0 * step);
+            assert!((numeric - f64::from(dw[at])).abs() < 1e-4);
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! Work over disjoint parts of one buffer, in parallel where it pays.
+
+use rayon::prelude::*;
+
+/// Elements below which an element-wise operation stays on one thread.
+const SERIAL_ELEMENTS: usize = 1 << 17;
+
+/// Calls `work(row, values)` for every row of `columns` values.
+pub fn for_each_row(values: &mut [f32], columns: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+    if columns == 0 {
+        return;
+    }
+    if values.len() < SERIAL_ELEMENTS {
+        values.chunks_mut(columns).enumerate().for_each(|(row, values)| work(row, values));
+    } else {
+        let rows = (SERIAL_ELEMENTS / 8 / columns).max(1);
+        values.par_chunks_mut(columns * rows).enumerate().for_each(|(block, values)| {
+            for (row, values) in values.chunks_mut(columns).enumerate() {
+                work(block * rows + row, values);
+            }
+        });
+    }
+}
+
+/// Calls `work(item)` for `0..items`, in parallel when `parallel` says so.
+pub fn for_each_item(items: usize, parallel: bool, work: impl Fn(usize) + Sync + Send) {
+    if parallel && items > 1 {
+        (0..items).into_par_iter().for_each(work);
+    } else {
+        (0..items).for_each(work);
+    }
+}
+
+/// A buffer that several threads write at disjoint places.
+#[derive(Clone, Copy)]
+pub(crate) struct Disjoint {
+    pointer: *mut f32,
+    length: usize,
+}
+
+// SAFETY: access goes through `slice`, whose callers promise disjoint ranges.
+unsafe impl Send for Disjoint {}
+// SAFETY: as above.
+unsafe impl Sync for Disjoint {}
+
+impl Disjoint {
+    /// Borrows a buffer for disjoint writing.
+    pub(crate) fn new(values: &mut [f32]) -> Self {
+        Self { pointer: values.as_mut_ptr(), length: values.len() }
+    }
+
+    /// Where the elements `start..start + length` lie.
+    pub(crate) fn pointer(&self, start: usize, length: usize) -> *mut f32 {
+        assert!(start <= self.length && length <= self.length - start, "range outside the buffer");
+        self.pointer.wrapping_add(start)
+    }
+
+    /// The elements `start..start + length`.
+    ///
+    /// # Safety
+    /// No other live slice of the buffer overlaps the range, and the buffer outlives the slice.
+    #[expect(clippy::mut_from_ref, reason = "callers promise disjoint ranges")]
+    pub(crate) unsafe fn slice(&self, start: usize, length: usize) -> &mut [f32] {
+        let at = self.pointer(start, length);
+        // SAFETY: in bounds by `pointer`, disjoint by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(at, length) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disjoint_parts_are_all_written() {
+        let mut values = vec![0.0; 1000];
+        let shared = Disjoint::new(&mut values);
+        // SAFETY: each item writes its own ten elements.
+        for_each_item(100, true, |item| unsafe { shared.slice(item * 10, 10) }.fill(item as f32));
+        assert!(values.iter().enumerate().all(|(at, value)| *value == (at / 10) as f32));
+    }
+
+    #[test]
+    fn rows_are_numbered_alike_on_one_thread_and_many() {
+        for rows in [3, 5000] {
+            let mut values = vec![0.0; rows * 100];
+            for_each_row(&mut values, 100, |row, values| values.fill(row as f32));
+            assert!(values.iter().enumerate().all(|(at, value)| *value == (at / 100) as f32));
+        }
+    }
+}
