@@ -11,6 +11,7 @@ mod error;
 pub mod kernels;
 pub mod ledger;
 pub mod model;
+pub mod random;
 pub mod report;
 pub mod reward;
 pub mod rollout;

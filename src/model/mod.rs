@@ -1,21 +1,96 @@
-//! Room under construction.
+//! The decoder of the Qwen2 / Qwen3 / Llama family: configuration, weights, a forward pass that
+//! rollout and training share, and an explicit backward pass.
 
-/// What went wrong.
+mod backward;
+mod cache;
+mod config;
+mod decoder;
+mod forest;
+mod init;
+mod layout;
+mod weights;
+
+pub use cache::{Extension, KvCache, NodeId};
+pub use config::{Architecture, DecoderConfig};
+pub use decoder::{Decoder, Tape, Workspace};
+pub use forest::{Forest, Segment};
+pub use layout::{Layout, Parameter, Role};
+
+use std::path::PathBuf;
+
+/// Why a model could not be loaded, saved or run.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// A file could not be read or written.
     #[error("{path}: {source}")]
     Io {
         /// The file.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// What the system said.
         source: std::io::Error,
+    },
+    /// config.json is not what it should be.
+    #[error("{path}: {message}")]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// The configuration asks for something that is not implemented and would change results.
+    #[error("{path}: {what} is not supported")]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// The architecture or field, with its value.
+        what: String,
+    },
+    /// The tensors do not fit the configuration; every problem is listed.
+    #[error("{path}: weights do not fit config.json: {}", problems.join("; "))]
+    Weights {
+        /// The file or directory.
+        path: PathBuf,
+        /// One line for each problem.
+        problems: Vec<String>,
+    },
+    /// A sequence is longer than the model's positions.
+    #[error("a sequence of {length} tokens does not fit a model of {limit} positions")]
+    TooLong {
+        /// Tokens of the sequence.
+        length: usize,
+        /// Positions of the model.
+        limit: usize,
+    },
+    /// A token id is outside the vocabulary.
+    #[error("token id {id} is outside the model's vocabulary of {vocabulary}")]
+    BadToken {
+        /// The id.
+        id: u32,
+        /// Size of the vocabulary.
+        vocabulary: usize,
     },
 }
 
 impl ModelError {
     /// Advice for the user, if there is any.
     pub fn hint(&self) -> Option<String> {
-        None
+        match self {
+            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Some(
+                "a model directory holds config.json, model.safetensors (or shards with \
+                 model.safetensors.index.json) and tokenizer.json"
+                    .into(),
+            ),
+            Self::Unsupported { .. } => {
+                Some("dense Qwen2, Qwen3 and Llama decoders with default rotary embedding are supported".into())
+            }
+            Self::TooLong { .. } => Some(
+                "lower tasks.max_document_tokens or rollout.max_new_tokens, or use a model with more positions"
+                    .into(),
+            ),
+            Self::BadToken { .. } => {
+                Some("tokenizer and model do not belong together: check tokenizer.path".into())
+            }
+            _ => None,
+        }
     }
 }

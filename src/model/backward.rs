@@ -1,0 +1,252 @@
+//! The explicit backward pass: layer by layer over the tape that the forward pass kept.
+
+use super::decoder::{LayerTape, sized};
+use super::layout::LayerLayout;
+use super::{Decoder, KvCache, Tape, Workspace};
+use crate::kernels::attention::{self, Gradients, Saved, Tile};
+use crate::kernels::elementary::add;
+use crate::kernels::head::{self, TargetGradient};
+use crate::kernels::matmul::{Left, Packed, matmul};
+use crate::kernels::parallel::for_each_row;
+use crate::kernels::{norm, swiglu};
+use std::ops::Range;
+
+/// Buffers of one backward pass.
+#[derive(Default)]
+struct Buffers {
+    normed: Vec<f32>,
+    activated: Vec<f32>,
+    inner: Vec<f32>,
+    attended: Vec<f32>,
+    queries: Vec<f32>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    qkv: Vec<f32>,
+    packed: Packed,
+}
+
+impl Decoder {
+    /// Adds to `gradients` (laid out as the parameters) the gradient of
+    /// sum over i of `targets[i].coefficient x policy log-probability of targets[i].target`,
+    /// predicted from the hidden state of row `rows[i]`.
+    ///
+    /// `tape` and `cache` are those of the forward pass; the decoder must be trainable.
+    pub fn backward(
+        &self,
+        tape: &Tape,
+        cache: &KvCache,
+        rows: &[usize],
+        targets: &[TargetGradient],
+        gradients: &mut [f32],
+        workspace: &mut Workspace,
+    ) {
+        let mut grad_x = vec![0.0; tape.residual.len()];
+        self.head_backward(tape, rows, targets, &mut grad_x, gradients);
+        let mut buffers = Buffers::default();
+        for layer in (0..self.config().layers).rev() {
+            self.layer_backward(layer, tape, cache, &mut grad_x, gradients, &mut buffers);
+        }
+        let hidden = self.config().hidden_size;
+        let embedding = &mut gradients[self.layout().embedding.clone()];
+        for (id, grad) in tape.ids.iter().zip(grad_x.chunks_exact(hidden)) {
+            add(&mut embedding[*id as usize * hidden..][..hidden], grad);
+        }
+        let pairs: usize = tape.tiles.iter().map(Tile::pairs).sum();
+        // Twice the forward pass for the gradients of inputs and weights, and once more for the
+        // head's recomputed logits.
+        workspace.flops += 2 * self.layer_flops(tape.ids.len(), pairs) + 4 * self.head_flops(rows.len());
+    }
+
+    fn head_backward(
+        &self,
+        tape: &Tape,
+        rows: &[usize],
+        targets: &[TargetGradient],
+        grad_x: &mut [f32],
+        gradients: &mut [f32],
+    ) {
+        let hidden = self.config().hidden_size;
+        let (states, scales) = self.final_norm(&tape.residual, rows);
+        let mut grad_states = vec![0.0; states.len()];
+        let grad_weight = &mut gradients[self.layout().head.clone()];
+        head::backward(&self.head, &states, targets, &mut grad_states, grad_weight);
+        let weight = &self.parameters()[self.layout().final_norm.clone()];
+        let grad_norm = &mut gradients[self.layout().final_norm.clone()];
+        for ((row, scale), grad) in rows.iter().zip(scales).zip(grad_states.chunks_exact(hidden)) {
+            let span = row * hidden..(row + 1) * hidden;
+            norm::backward(&tape.residual[span.clone()], weight, scale, grad, &mut grad_x[span], grad_norm);
+        }
+    }
+
+    fn layer_backward(
+        &self,
+        layer: usize,
+        tape: &Tape,
+        cache: &KvCache,
+        grad_x: &mut [f32],
+        gradients: &mut [f32],
+        buffers: &mut Buffers,
+    ) {
+        let (saved, at) = (&tape.layers[layer], &self.layout().layers[layer]);
+        self.feed_forward_backward(layer, saved, at, grad_x, gradients, buffers);
+        let config = self.config();
+        let (rows, queries) = (tape.ids.len(), config.heads * config.head_dim);
+        let packed = &self.packed[layer].backward;
+        let grad_attended = sized(&mut buffers.attended, rows * queries);
+        matmul(Left::rows(grad_x, config.hidden_size), rows, &packed.output, grad_attended, false);
+        let output = &mut gradients[at.output.clone()];
+        add_weight_gradient(grad_x, config.hidden_size, &saved.attended, queries, output, &mut buffers.packed);
+        self.attention_backward(layer, tape, cache, buffers);
+        self.unturn(at, saved, &tape.positions, gradients, buffers);
+        let (width, hidden) = (config.qkv_width(), config.hidden_size);
+        self.replay_norm(&saved.input, &at.input_norm, &saved.input_scales, &mut buffers.normed);
+        let weight = &mut gradients[at.qkv.clone()];
+        add_weight_gradient(&buffers.qkv, width, &buffers.normed, hidden, weight, &mut buffers.packed);
+        let grad_normed = sized(&mut buffers.normed, rows * hidden);
+        matmul(Left::rows(&buffers.qkv, width), rows, &packed.qkv, grad_normed, false);
+        self.norm_backward(&saved.input, &at.input_norm, &saved.input_scales, grad_normed, grad_x, gradients);
+    }
+
+    fn feed_forward_backward(
+        &self,
+        layer: usize,
+        saved: &LayerTape,
+        at: &LayerLayout,
+        grad_x: &mut [f32],
+        gradients: &mut [f32],
+        buffers: &mut Buffers,
+    ) {
+        let (hidden, inner) = (self.config().hidden_size, self.config().intermediate_size);
+        let (rows, packed) = (grad_x.len() / hidden, &self.packed[layer].backward);
+        let gate_up = &saved.gate_up;
+        for_each_row(sized(&mut buffers.activated, rows * inner), inner, |row, out| {
+            swiglu::forward(&gate_up[row * 2 * inner..][..2 * inner], out);
+        });
+        let down = &mut gradients[at.down.clone()];
+        add_weight_gradient(grad_x, hidden, &buffers.activated, inner, down, &mut buffers.packed);
+        let grad_activated = sized(&mut buffers.activated, rows * inner);
+        matmul(Left::rows(grad_x, hidden), rows, &packed.down, grad_activated, false);
+        let grad_activated = &buffers.activated;
+        for_each_row(sized(&mut buffers.inner, rows * 2 * inner), 2 * inner, |row, out| {
+            let gate_up = &gate_up[row * 2 * inner..][..2 * inner];
+            swiglu::backward(gate_up, &grad_activated[row * inner..][..inner], out);
+        });
+        self.replay_norm(&saved.middle, &at.post_norm, &saved.middle_scales, &mut buffers.normed);
+        let weight = &mut gradients[at.gate_up.clone()];
+        add_weight_gradient(&buffers.inner, 2 * inner, &buffers.normed, hidden, weight, &mut buffers.packed);
+        let grad_normed = sized(&mut buffers.normed, rows * hidden);
+        matmul(Left::rows(&buffers.inner, 2 * inner), rows, &packed.gate_up, grad_normed, false);
+        self.norm_backward(&saved.middle, &at.post_norm, &saved.middle_scales, grad_normed, grad_x, gradients);
+    }
+
+    /// Gradients of rotated queries and keys and of values, as rows like those of the forward pass.
+    fn attention_backward(&self, layer: usize, tape: &Tape, cache: &KvCache, buffers: &mut Buffers) {
+        let (config, saved) = (self.config(), &tape.layers[layer]);
+        let geometry = config.geometry();
+        let (rows, padded, dim) = (tape.ids.len(), geometry.padded(), config.head_dim);
+        for buffer in [&mut buffers.keys, &mut buffers.values] {
+            buffer.clear();
+            buffer.resize(config.kv_heads * rows * padded, 0.0);
+        }
+        let queries = config.heads * dim;
+        let mut targets = Gradients {
+            queries: sized(&mut buffers.queries, rows * queries),
+            keys: &mut buffers.keys,
+            values: &mut buffers.values,
+        };
+        let inputs = Saved {
+            queries: &saved.qkv,
+            query_stride: config.qkv_width(),
+            out: &saved.attended,
+            log_sums: &saved.log_sums,
+            grad_out: &buffers.attended,
+        };
+        attention::backward(geometry, &tape.tiles, cache.layer(layer), inputs, &mut targets);
+        let (query_grads, keys, values) = (&buffers.queries, &buffers.keys, &buffers.values);
+        let width = config.qkv_width();
+        for_each_row(sized(&mut buffers.qkv, rows * width), width, |row, out| {
+            let (out_queries, out_keys_values) = out.split_at_mut(queries);
+            out_queries.copy_from_slice(&query_grads[row * queries..][..queries]);
+            for (head, out) in out_keys_values.chunks_exact_mut(dim).enumerate() {
+                let source = if head < config.kv_heads { keys } else { values };
+                let place = (head % config.kv_heads * rows + row) * padded;
+                out.copy_from_slice(&source[place..][..dim]);
+            }
+        });
+    }
+
+    /// Turns the gradients in `buffers.qkv` back through rotary embedding, q/k norms and biases.
+    fn unturn(
+        &self,
+        at: &LayerLayout,
+        saved: &LayerTape,
+        positions: &[usize],
+        gradients: &mut [f32],
+        buffers: &mut Buffers,
+    ) {
+        let config = self.config();
+        let (width, dim) = (config.qkv_width(), config.head_dim);
+        let turned = (config.heads + config.kv_heads) * dim;
+        for_each_row(&mut buffers.qkv, width, |row, values| {
+            self.rotary.rotate_back(&mut values[..turned], positions[row]);
+        });
+        if config.qk_norm {
+            let mut scratch = vec![0.0; dim];
+            for (row, grads) in buffers.qkv.chunks_exact_mut(width).enumerate() {
+                for (head, grad) in grads[..turned].chunks_exact_mut(dim).enumerate() {
+                    let range = if head < config.heads { &at.q_norm } else { &at.k_norm };
+                    let weight = &self.parameters()[range.clone()];
+                    let x = &saved.before_norm[row * width + head * dim..][..dim];
+                    let scale = norm::forward(x, weight, config.norm_epsilon, &mut scratch);
+                    scratch.fill(0.0);
+                    norm::backward(x, weight, scale, grad, &mut scratch, &mut gradients[range.clone()]);
+                    grad.copy_from_slice(&scratch);
+                }
+            }
+        }
+        if config.attention_bias {
+            let bias = &mut gradients[at.qkv_bias.clone()];
+            buffers.qkv.chunks_exact(width).for_each(|row| add(bias, row));
+        }
+    }
+
+    fn replay_norm(&self, x: &[f32], weight: &Range<usize>, scales: &[f32], out: &mut Vec<f32>) {
+        let hidden = self.config().hidden_size;
+        let weight = &self.parameters()[weight.clone()];
+        for_each_row(sized(out, x.len()), hidden, |row, out| {
+            norm::replay(&x[row * hidden..][..hidden], weight, scales[row], out);
+        });
+    }
+
+    fn norm_backward(
+        &self,
+        x: &[f32],
+        weight: &Range<usize>,
+        scales: &[f32],
+        grad_normed: &[f32],
+        grad_x: &mut [f32],
+        gradients: &mut [f32],
+    ) {
+        let hidden = self.config().hidden_size;
+        let grad_weight = &mut gradients[weight.clone()];
+        let weight = &self.parameters()[weight.clone()];
+        for (row, scale) in scales.iter().enumerate() {
+            let span = row * hidden..(row + 1) * hidden;
+            let (grad, out) = (&grad_normed[span.clone()], &mut grad_x[span.clone()]);
+            norm::backward(&x[span], weight, *scale, grad, out, grad_weight);
+        }
+    }
+}
+
+/// `gradient [outputs, inputs] += grad_out^T [outputs, rows] x input [rows, inputs]`.
+fn add_weight_gradient(
+    grad_out: &[f32],
+    outputs: usize,
+    input: &[f32],
+    inputs: usize,
+    gradient: &mut [f32],
+    packed: &mut Packed,
+) {
+    packed.pack(input, input.len() / inputs, inputs, inputs);
+    matmul(Left::transposed(grad_out, outputs), outputs, packed, gradient, true);
+}

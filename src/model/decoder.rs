@@ -1,0 +1,418 @@
+//! The forward pass that rollout and training share.
+
+use super::layout::LayerLayout;
+use super::{DecoderConfig, Extension, KvCache, Layout, ModelError};
+use crate::kernels::attention::{self, Tile};
+use crate::kernels::elementary::add;
+use crate::kernels::head::{self, PackedHead, TokenScore};
+use crate::kernels::matmul::{Left, Packed, matmul};
+use crate::kernels::parallel::for_each_row;
+use crate::kernels::rotary::RotaryTable;
+use crate::kernels::{norm, swiglu};
+
+/// A decoder: parameters in one flat buffer, and their packed copies for the matrix products.
+#[derive(Debug)]
+pub struct Decoder {
+    config: DecoderConfig,
+    layout: Layout,
+    parameters: Vec<f32>,
+    pub(super) rotary: RotaryTable,
+    pub(super) packed: Vec<PackedLayer>,
+    pub(super) head: PackedHead,
+    /// Whether the packs for the backward pass are kept too.
+    trainable: bool,
+}
+
+/// One layer's matrices, packed for the forward and (when trainable) the backward pass.
+#[derive(Debug, Default)]
+pub(super) struct PackedLayer {
+    pub(super) forward: Matrices,
+    pub(super) backward: Matrices,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Matrices {
+    pub(super) qkv: Packed,
+    pub(super) output: Packed,
+    pub(super) gate_up: Packed,
+    pub(super) down: Packed,
+}
+
+/// Buffers of the forward pass, kept between calls.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    pub(super) x: Vec<f32>,
+    pub(super) normed: Vec<f32>,
+    pub(super) qkv: Vec<f32>,
+    pub(super) attended: Vec<f32>,
+    pub(super) log_sums: Vec<f32>,
+    pub(super) gate_up: Vec<f32>,
+    pub(super) activated: Vec<f32>,
+    pub(super) positions: Vec<usize>,
+    /// Floating-point operations done so far, counted from shapes.
+    pub flops: u64,
+}
+
+/// What one layer's backward pass needs.
+#[derive(Debug, Default)]
+pub(super) struct LayerTape {
+    pub(super) input: Vec<f32>,
+    pub(super) input_scales: Vec<f32>,
+    /// Queries, keys and values before their norm (only with q/k norm).
+    pub(super) before_norm: Vec<f32>,
+    /// Rotated queries and keys, and values.
+    pub(super) qkv: Vec<f32>,
+    pub(super) attended: Vec<f32>,
+    pub(super) log_sums: Vec<f32>,
+    pub(super) middle: Vec<f32>,
+    pub(super) middle_scales: Vec<f32>,
+    pub(super) gate_up: Vec<f32>,
+}
+
+/// What a whole backward pass needs.
+#[derive(Debug, Default)]
+pub struct Tape {
+    pub(super) layers: Vec<LayerTape>,
+    pub(super) tiles: Vec<Tile>,
+    pub(super) ids: Vec<u32>,
+    pub(super) positions: Vec<usize>,
+    /// The residual stream after the last layer, `[rows, hidden]`.
+    pub(super) residual: Vec<f32>,
+}
+
+/// A buffer of exactly this length; its contents are to be overwritten.
+pub(super) fn sized(buffer: &mut Vec<f32>, length: usize) -> &mut [f32] {
+    buffer.resize(length, 0.0);
+    &mut buffer[..]
+}
+
+fn copy_to(buffer: &mut Vec<f32>, values: &[f32]) {
+    buffer.clear();
+    buffer.extend_from_slice(values);
+}
+
+impl Decoder {
+    /// A decoder from its flat parameters.
+    ///
+    /// # Panics
+    /// When the number of parameters does not fit the configuration.
+    pub fn new(config: DecoderConfig, parameters: Vec<f32>) -> Self {
+        let layout = Layout::new(&config);
+        assert_eq!(layout.len(), parameters.len(), "parameters do not fit the configuration");
+        let frequencies = RotaryTable::inverse_frequencies(config.rope_theta, config.head_dim);
+        let rotary = RotaryTable::new(&frequencies, config.max_positions);
+        let mut decoder = Self {
+            packed: Vec::new(),
+            head: PackedHead::default(),
+            trainable: false,
+            config,
+            layout,
+            parameters,
+            rotary,
+        };
+        decoder.repack();
+        decoder
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// Names and places of the parameters.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The flat parameters.
+    pub fn parameters(&self) -> &[f32] {
+        &self.parameters
+    }
+
+    /// Changes the parameters and packs them anew.
+    pub fn update<T>(&mut self, change: impl FnOnce(&mut [f32]) -> T) -> T {
+        let result = change(&mut self.parameters);
+        self.repack();
+        result
+    }
+
+    /// Keeps the packs that the backward pass needs as well.
+    pub fn make_trainable(&mut self) {
+        if !self.trainable {
+            self.trainable = true;
+            self.repack();
+        }
+    }
+
+    /// A copy for inference.
+    #[must_use]
+    pub fn inference_copy(&self) -> Self {
+        Self::new(self.config.clone(), self.parameters.clone())
+    }
+
+    fn repack(&mut self) {
+        self.packed.resize_with(self.config.layers, PackedLayer::default);
+        let c = &self.config;
+        let (hidden, inner, queries) = (c.hidden_size, c.intermediate_size, c.heads * c.head_dim);
+        let qkv = c.qkv_width();
+        for (packed, at) in self.packed.iter_mut().zip(&self.layout.layers) {
+            let matrices = |m: &mut Matrices, pack: fn(&mut Packed, &[f32], usize, usize)| {
+                pack(&mut m.qkv, &self.parameters[at.qkv.clone()], qkv, hidden);
+                pack(&mut m.output, &self.parameters[at.output.clone()], hidden, queries);
+                pack(&mut m.gate_up, &self.parameters[at.gate_up.clone()], 2 * inner, hidden);
+                pack(&mut m.down, &self.parameters[at.down.clone()], hidden, inner);
+            };
+            matrices(&mut packed.forward, Packed::pack_transposed);
+            if self.trainable {
+                matrices(&mut packed.backward, |packed, weight, rows, columns| {
+                    packed.pack(weight, rows, columns, columns);
+                });
+            }
+        }
+        let weight = &self.parameters[self.layout.head.clone()];
+        self.head.pack(weight, self.config.vocab_size, hidden, self.trainable);
+    }
+
+    /// A cache for this decoder.
+    pub fn new_cache(&self) -> KvCache {
+        KvCache::new(self.config.geometry(), self.config.layers)
+    }
+
+    /// Runs the decoder over the newest positions of some nodes.
+    ///
+    /// `ids[rows]` are the tokens of the extensions' rows. Keys and values go to the cache; the
+    /// residual stream after the last layer, `[ids.len(), hidden]`, is left in `workspace` (see
+    /// [`Decoder::hidden`]). With a tape, everything that the backward pass needs is kept.
+    ///
+    /// # Errors
+    /// When a path is longer than the model's positions or a token is outside its vocabulary.
+    pub fn forward(
+        &self,
+        ids: &[u32],
+        extensions: &[Extension],
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+        mut tape: Option<&mut Tape>,
+    ) -> Result<(), ModelError> {
+        self.check(ids, extensions, cache)?;
+        let hidden = self.config.hidden_size;
+        let tiles = cache.tiles(extensions);
+        set_positions(&mut workspace.positions, ids.len(), extensions, cache);
+        let embedding = &self.parameters[self.layout.embedding.clone()];
+        for (x, id) in sized(&mut workspace.x, ids.len() * hidden).chunks_exact_mut(hidden).zip(ids) {
+            x.copy_from_slice(&embedding[*id as usize * hidden..][..hidden]);
+        }
+        for layer in 0..self.config.layers {
+            let layer_tape = tape.as_deref_mut().map(|tape| {
+                tape.layers.resize_with(self.config.layers, LayerTape::default);
+                &mut tape.layers[layer]
+            });
+            self.layer(layer, &tiles, extensions, cache, workspace, layer_tape);
+        }
+        let pairs: usize = tiles.iter().map(Tile::pairs).sum();
+        workspace.flops += self.layer_flops(ids.len(), pairs);
+        if let Some(tape) = tape {
+            copy_to(&mut tape.residual, &workspace.x);
+            tape.positions.clone_from(&workspace.positions);
+            tape.ids = ids.to_vec();
+            tape.tiles = tiles;
+        }
+        Ok(())
+    }
+
+    fn check(&self, ids: &[u32], extensions: &[Extension], cache: &KvCache) -> Result<(), ModelError> {
+        let vocabulary = self.config.vocab_size;
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
+            return Err(ModelError::BadToken { id: *id, vocabulary });
+        }
+        let limit = self.config.max_positions;
+        let length = extensions.iter().map(|extension| cache.path_length(extension.node)).max().unwrap_or(0);
+        if length > limit { Err(ModelError::TooLong { length, limit }) } else { Ok(()) }
+    }
+
+    fn layer(
+        &self,
+        layer: usize,
+        tiles: &[Tile],
+        extensions: &[Extension],
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+        mut tape: Option<&mut LayerTape>,
+    ) {
+        let (packed, at) = (&self.packed[layer].forward, &self.layout.layers[layer]);
+        let (rows, width) = (workspace.positions.len(), self.config.qkv_width());
+        self.norm_rows(&workspace.x, &at.input_norm, &mut workspace.normed, tape.as_deref_mut().map(|t| &mut t.input_scales));
+        if let Some(tape) = tape.as_deref_mut() {
+            copy_to(&mut tape.input, &workspace.x);
+        }
+        let qkv = sized(&mut workspace.qkv, rows * width);
+        matmul(Left::rows(&workspace.normed, self.config.hidden_size), rows, &packed.qkv, qkv, false);
+        self.finish_qkv(at, workspace, tape.as_deref_mut());
+        self.write_cache(layer, extensions, cache, &workspace.qkv);
+        let attended = sized(&mut workspace.attended, rows * self.config.heads * self.config.head_dim);
+        let log_sums = sized(&mut workspace.log_sums, rows * self.config.heads);
+        let pages = cache.layer(layer);
+        attention::forward(self.config.geometry(), tiles, pages, &workspace.qkv, width, attended, log_sums);
+        let queries = self.config.heads * self.config.head_dim;
+        matmul(Left::rows(attended, queries), rows, &packed.output, &mut workspace.x, true);
+        if let Some(tape) = tape.as_deref_mut() {
+            copy_to(&mut tape.qkv, &workspace.qkv);
+            copy_to(&mut tape.attended, &workspace.attended);
+            copy_to(&mut tape.log_sums, &workspace.log_sums);
+            copy_to(&mut tape.middle, &workspace.x);
+        }
+        self.feed_forward(packed, at, workspace, tape);
+    }
+
+    fn feed_forward(
+        &self,
+        packed: &Matrices,
+        at: &LayerLayout,
+        workspace: &mut Workspace,
+        mut tape: Option<&mut LayerTape>,
+    ) {
+        let (rows, hidden, inner) =
+            (workspace.positions.len(), self.config.hidden_size, self.config.intermediate_size);
+        let scales = tape.as_deref_mut().map(|tape| &mut tape.middle_scales);
+        self.norm_rows(&workspace.x, &at.post_norm, &mut workspace.normed, scales);
+        let gate_up = sized(&mut workspace.gate_up, rows * 2 * inner);
+        matmul(Left::rows(&workspace.normed, hidden), rows, &packed.gate_up, gate_up, false);
+        let gate_up = &workspace.gate_up;
+        for_each_row(sized(&mut workspace.activated, rows * inner), inner, |row, out| {
+            swiglu::forward(&gate_up[row * 2 * inner..][..2 * inner], out);
+        });
+        if let Some(tape) = tape {
+            copy_to(&mut tape.gate_up, gate_up);
+        }
+        matmul(Left::rows(&workspace.activated, inner), rows, &packed.down, &mut workspace.x, true);
+    }
+
+    /// RMS norm of every row, keeping the factors where a tape wants them.
+    pub(super) fn norm_rows(
+        &self,
+        x: &[f32],
+        weight: &std::ops::Range<usize>,
+        out: &mut Vec<f32>,
+        scales: Option<&mut Vec<f32>>,
+    ) {
+        let (hidden, epsilon) = (self.config.hidden_size, self.config.norm_epsilon);
+        let weight = &self.parameters[weight.clone()];
+        let out = sized(out, x.len());
+        match scales {
+            None => for_each_row(out, hidden, |row, out| {
+                norm::forward(&x[row * hidden..][..hidden], weight, epsilon, out);
+            }),
+            Some(scales) => {
+                scales.clear();
+                for (x, out) in x.chunks_exact(hidden).zip(out.chunks_exact_mut(hidden)) {
+                    scales.push(norm::forward(x, weight, epsilon, out));
+                }
+            }
+        }
+    }
+
+    /// Biases, q/k norms and rotary embedding, in place.
+    fn finish_qkv(&self, at: &LayerLayout, workspace: &mut Workspace, tape: Option<&mut LayerTape>) {
+        let (width, dim) = (self.config.qkv_width(), self.config.head_dim);
+        let turned = (self.config.heads + self.config.kv_heads) * dim;
+        if self.config.attention_bias {
+            let bias = &self.parameters[at.qkv_bias.clone()];
+            for_each_row(&mut workspace.qkv, width, |_, row| add(row, bias));
+        }
+        if self.config.qk_norm {
+            if let Some(tape) = tape {
+                copy_to(&mut tape.before_norm, &workspace.qkv);
+            }
+            for_each_row(&mut workspace.qkv, width, |_, row| {
+                for (head, values) in row[..turned].chunks_exact_mut(dim).enumerate() {
+                    let range = if head < self.config.heads { &at.q_norm } else { &at.k_norm };
+                    let before = values.to_vec();
+                    norm::forward(&before, &self.parameters[range.clone()], self.config.norm_epsilon, values);
+                }
+            });
+        }
+        let positions = &workspace.positions;
+        for_each_row(&mut workspace.qkv, width, |row, values| {
+            self.rotary.rotate(&mut values[..turned], positions[row]);
+        });
+    }
+
+    fn write_cache(&self, layer: usize, extensions: &[Extension], cache: &mut KvCache, qkv: &[f32]) {
+        let dim = self.config.head_dim;
+        let (queries, keys) = (self.config.heads * dim, self.config.kv_heads * dim);
+        let width = self.config.qkv_width();
+        for extension in extensions {
+            let first = cache.first_offset(extension);
+            for (at, row) in extension.rows.clone().enumerate() {
+                let row = &qkv[row * width..][..width];
+                let (keys, values) = row[queries..].split_at(keys);
+                cache.write(layer, extension.node, first + at, keys, values);
+            }
+        }
+    }
+
+    /// Normalised hidden states of some rows of the last forward pass, `[rows.len(), hidden]`.
+    pub fn hidden(&self, workspace: &Workspace, rows: &[usize]) -> Vec<f32> {
+        self.final_norm(&workspace.x, rows).0
+    }
+
+    /// Final norm of some rows of a residual stream, with the factors for the backward pass.
+    pub(super) fn final_norm(&self, residual: &[f32], rows: &[usize]) -> (Vec<f32>, Vec<f32>) {
+        let hidden = self.config.hidden_size;
+        let weight = &self.parameters[self.layout.final_norm.clone()];
+        let mut out = vec![0.0; rows.len() * hidden];
+        let scales = rows
+            .iter()
+            .zip(out.chunks_exact_mut(hidden))
+            .map(|(row, out)| {
+                norm::forward(&residual[row * hidden..][..hidden], weight, self.config.norm_epsilon, out)
+            })
+            .collect();
+        (out, scales)
+    }
+
+    /// Logits `[rows, vocabulary]` of normalised hidden states; the caller bounds the rows.
+    pub fn logits(&self, hidden: &[f32], out: &mut Vec<f32>, workspace: &mut Workspace) {
+        let rows = hidden.len() / self.config.hidden_size;
+        let out = sized(out, rows * self.config.vocab_size);
+        self.head.logits(hidden, rows, out);
+        workspace.flops += self.head_flops(rows);
+    }
+
+    /// Log-probability and entropy of one target for each normalised hidden state.
+    pub fn score(
+        &self,
+        hidden: &[f32],
+        targets: &[u32],
+        inverse_temperature: f32,
+        workspace: &mut Workspace,
+    ) -> Vec<TokenScore> {
+        workspace.flops += self.head_flops(targets.len());
+        head::score(&self.head, hidden, targets, inverse_temperature)
+    }
+
+    /// Operations of the layers' forward pass: 2 for each weight and row, 4 for each pair of query
+    /// and visible key and element of a head.
+    pub(super) fn layer_flops(&self, rows: usize, pairs: usize) -> u64 {
+        let c = &self.config;
+        let queries = c.heads * c.head_dim;
+        let matrices = c.hidden_size * (c.qkv_width() + queries + 3 * c.intermediate_size);
+        (c.layers * (2 * rows * matrices + 4 * pairs * queries)) as u64
+    }
+
+    /// Operations of the head's forward pass.
+    pub(super) fn head_flops(&self, rows: usize) -> u64 {
+        (2 * rows * self.config.vocab_size * self.config.hidden_size) as u64
+    }
+}
+
+fn set_positions(positions: &mut Vec<usize>, rows: usize, extensions: &[Extension], cache: &KvCache) {
+    positions.clear();
+    positions.resize(rows, 0);
+    for extension in extensions {
+        let first = cache.first_position(extension);
+        for (at, row) in extension.rows.clone().enumerate() {
+            positions[row] = first + at;
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! One model, one arithmetic: the three equalities, bit for bit, over random forests; and the
+//! explicit backward pass against finite differences and against unshared prefixes.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+mod common;
+
+use common::{model, random_forest};
+use rpt::kernels::head::TargetGradient;
+use rpt::model::{Decoder, Extension, Forest, Tape, Workspace};
+
+const VOCAB: u32 = 90;
+
+/// Normalised hidden states of every row.
+fn forward(decoder: &Decoder, forest: &Forest, tape: Option<&mut Tape>) -> Vec<f32> {
+    let (mut cache, mut workspace) = (decoder.new_cache(), Workspace::default());
+    let extensions = forest.enter(&mut cache);
+    decoder.forward(forest.ids(), &extensions, &mut cache, &mut workspace, tape).unwrap();
+    decoder.hidden(&workspace, &(0..forest.ids().len()).collect::<Vec<_>>())
+}
+
+/// Token ids on the path to the end of a segment.
+fn path(forest: &Forest, segment: usize) -> Vec<u32> {
+    let this = &forest.segments()[segment];
+    let mut ids = this.parent.map_or_else(Vec::new, |parent| path(forest, parent));
+    ids.extend_from_slice(&forest.ids()[this.row..this.row + this.length]);
+    ids
+}
+
+#[test]
+fn a_path_alone_has_the_bits_it_has_in_a_forest() {
+    for seed in 0..12 {
+        let decoder = model(seed as usize % 3, VOCAB as usize);
+        let forest = random_forest(seed, u64::from(VOCAB));
+        let together = forward(&decoder, &forest, None);
+        let width = decoder.config().hidden_size;
+        for (at, segment) in forest.segments().iter().enumerate() {
+            let mut alone = Forest::default();
+            alone.add(None, &path(&forest, at));
+            if alone.ids().is_empty() {
+                continue;
+            }
+            let states = forward(&decoder, &alone, None);
+            let own = &states[segment.position * width..];
+            assert_eq!(own, &together[segment.row * width..][..segment.length * width], "seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn training_forward_equals_prefill() {
+    for seed in 0..6 {
+        let decoder = model(seed as usize % 3, VOCAB as usize);
+        let forest = random_forest(100 + seed, u64::from(VOCAB));
+        let with_tape = forward(&decoder, &forest, Some(&mut Tape::default()));
+        assert_eq!(with_tape, forward(&decoder, &forest, None));
+    }
+}
+
+#[test]
+fn decoding_token_by_token_equals_prefill() {
+    for seed in 0..6 {
+        let decoder = model(seed as usize % 3, VOCAB as usize);
+        let forest = random_forest(200 + seed, u64::from(VOCAB));
+        let together = forward(&decoder, &forest, None);
+        let width = decoder.config().hidden_size;
+        let (mut cache, mut workspace) = (decoder.new_cache(), Workspace::default());
+        let mut nodes = Vec::new();
+        // Level by level in order of position: every live leaf grows by one token at a time.
+        for segment in forest.segments() {
+            let node = cache.insert(segment.parent.map(|parent| nodes[parent]));
+            nodes.push(node);
+            for at in 0..segment.length {
+                cache.extend(node, 1, 0);
+                let extension = Extension { node, rows: 0..1 };
+                let id = forest.ids()[segment.row + at];
+                decoder.forward(&[id], &[extension], &mut cache, &mut workspace, None).unwrap();
+                let state = decoder.hidden(&workspace, &[0]);
+                assert_eq!(state, together[(segment.row + at) * width..][..width], "seed {seed}");
+            }
+        }
+    }
+}
+
+#[test]
+fn siblings_decoded_together_equal_prefill() {
+    for kind in 0..3 {
+        let decoder = model(kind, VOCAB as usize);
+        let mut forest = Forest::default();
+        let trunk = forest.add(None, &(0..37).collect::<Vec<u32>>());
+        for sample in 0..9_u32 {
+            let ids: Vec<u32> = (0..21).map(|i| (i * 7 + sample * 13) % VOCAB).collect();
+            forest.add(Some(trunk), &ids);
+        }
+        let together = forward(&decoder, &forest, None);
+        let width = decoder.config().hidden_size;
+        let (mut cache, mut workspace) = (decoder.new_cache(), Workspace::default());
+        let root = cache.insert(None);
+        cache.extend(root, 37, 0);
+        let extension = Extension { node: root, rows: 0..37 };
+        decoder.forward(&forest.ids()[..37], &[extension], &mut cache, &mut workspace, None).unwrap();
+        let leaves: Vec<_> = (0..9).map(|_| cache.insert(Some(root))).collect();
+        for step in 0..21 {
+            let ids: Vec<u32> =
+                forest.segments()[1..].iter().map(|leaf| forest.ids()[leaf.row + step]).collect();
+            let extensions: Vec<Extension> = leaves
+                .iter()
+                .enumerate()
+                .map(|(row, node)| {
+                    cache.extend(*node, 1, 0);
+                    Extension { node: *node, rows: row..row + 1 }
+                })
+                .collect();
+            decoder.forward(&ids, &extensions, &mut cache, &mut workspace, None).unwrap();
+            let states = decoder.hidden(&workspace, &(0..9).collect::<Vec<_>>());
+            for (leaf, state) in forest.segments()[1..].iter().zip(states.chunks(width)) {
+                assert_eq!(state, &together[(leaf.row + step) * width..][..width]);
+            }
+        }
+    }
+}
+
+/// Targets of a forest: every row with a successor in its segment, with varied coefficients.
+fn targets(forest: &Forest) -> (Vec<usize>, Vec<TargetGradient>) {
+    let mut rows = Vec::new();
+    let mut targets = Vec::new();
+    for (number, segment) in forest.segments().iter().enumerate() {
+        for at in 0..segment.length {
+            let Some(row) = forest.row_before(number, at) else { continue };
+            rows.push(row);
+            targets.push(TargetGradient {
+                target: forest.ids()[segment.row + at],
+                coefficient: ((rows.len() * 7 % 11) as f32 - 5.0) * 0.1,
+                inverse_temperature: if rows.len().is_multiple_of(2) { 1.0 } else { 1.25 },
+            });
+        }
+    }
+    (rows, targets)
+}
+
+fn loss(decoder: &Decoder, forest: &Forest) -> f64 {
+    let (rows, targets) = targets(forest);
+    let states = forward(decoder, forest, None);
+    let width = decoder.config().hidden_size;
+    rows.iter()
+        .zip(&targets)
+        .map(|(row, t)| {
+            let state = &states[row * width..][..width];
+            let score = decoder.score(state, &[t.target], t.inverse_temperature, &mut Workspace::default());
+            f64::from(t.coefficient) * f64::from(score[0].policy_logprob)
+        })
+        .sum()
+}
+
+fn gradient(decoder: &Decoder, forest: &Forest) -> Vec<f32> {
+    let (rows, targets) = targets(forest);
+    let (mut cache, mut workspace, mut tape) =
+        (decoder.new_cache(), Workspace::default(), Tape::default());
+    let extensions = forest.enter(&mut cache);
+    decoder.forward(forest.ids(), &extensions, &mut cache, &mut workspace, Some(&mut tape)).unwrap();
+    let mut gradients = vec![0.0; decoder.parameters().len()];
+    decoder.backward(&tape, &cache, &rows, &targets, &mut gradients, &mut workspace);
+    gradients
+}
+
+#[test]
+fn gradients_match_finite_differences() {
+    for kind in 0..3 {
+        let mut decoder = model(kind, VOCAB as usize);
+        decoder.make_trainable();
+        let forest = random_forest(300 + kind as u64, u64::from(VOCAB));
+        let gradients = gradient(&decoder, &forest);
+        for parameter in decoder.layout().parameters().to_vec() {
+            // The direction of the gradient itself has the largest derivative: least rounding.
+            let span = parameter.range.clone();
+            let norm = gradients[span.clone()].iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            if norm < 1e-4 {
+                continue;
+            }
+            let step = 3e-3;
+            let shift = |decoder: &mut Decoder, by: f64| {
+                decoder.update(|values| {
+                    for (value, g) in values[span.clone()].iter_mut().zip(&gradients[span.clone()]) {
+                        *value += (by * f64::from(*g) / norm) as f32;
+                    }
+                });
+            };
+            let original = decoder.parameters()[span.clone()].to_vec();
+            shift(&mut decoder, step);
+            let plus = loss(&decoder, &forest);
+            shift(&mut decoder, -2.0 * step);
+            let minus = loss(&decoder, &forest);
+            decoder.update(|values| values[span.clone()].copy_from_slice(&original));
+            let numeric = (plus - minus) / (2.0 * step);
+            assert!((numeric / norm - 1.0).abs() < 0.02, "{kind} {}: {numeric} {norm}", parameter.name);
+        }
+    }
+}
+
+#[test]
+fn shared_prefixes_give_the_gradients_of_unshared_ones() {
+    for kind in 0..3 {
+        let mut decoder = model(kind, VOCAB as usize);
+        decoder.make_trainable();
+        let forest = random_forest(400 + kind as u64, u64::from(VOCAB));
+        let shared = gradient(&decoder, &forest);
+        // Every target from its own path, alone.
+        let (_, all) = targets(&forest);
+        let mut next = 0;
+        let mut unshared = vec![0.0_f64; shared.len()];
+        for (number, segment) in forest.segments().iter().enumerate() {
+            let ids = path(&forest, number);
+            for at in 0..segment.length {
+                if forest.row_before(number, at).is_none() {
+                    continue;
+                }
+                let mut alone = Forest::default();
+                alone.add(None, &ids[..segment.position + at]);
+                let (mut cache, mut workspace, mut tape) =
+                    (decoder.new_cache(), Workspace::default(), Tape::default());
+                let extensions = alone.enter(&mut cache);
+                decoder
+                    .forward(alone.ids(), &extensions, &mut cache, &mut workspace, Some(&mut tape))
+                    .unwrap();
+                let mut part = vec![0.0; shared.len()];
+                let row = [alone.ids().len() - 1];
+                decoder.backward(&tape, &cache, &row, &all[next..=next], &mut part, &mut workspace);
+                unshared.iter_mut().zip(&part).for_each(|(sum, part)| *sum += f64::from(*part));
+                next += 1;
+            }
+        }
+        assert_eq!(next, all.len());
+        let scale = unshared.iter().fold(0.0_f64, |m, g| m.max(g.abs()));
+        for (shared, unshared) in shared.iter().zip(&unshared) {
+            assert!((f64::from(*shared) - unshared).abs() < 1e-4 * scale, "{kind}: {shared} {unshared}");
+        }
+    }
+}
+
+#[test]
+fn gradients_have_the_same_bits_for_any_number_of_threads() {
+    let mut decoder = model(1, VOCAB as usize);
+    decoder.make_trainable();
+    let forest = random_forest(500, u64::from(VOCAB));
+    let in_pool = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| gradient(&decoder, &forest))
+    };
+    assert_eq!(in_pool(1), in_pool(3));
+}
