@@ -8,6 +8,7 @@ use crate::model::ModelError;
 use crate::report::ReportError;
 use crate::tasks::TasksError;
 use crate::tokenize::TokenizeError;
+use crate::train::TrainError;
 
 /// Result of a fallible library call.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -39,6 +40,9 @@ pub enum Error {
     /// Metrics or a report could not be written.
     #[error(transparent)]
     Report(#[from] ReportError),
+    /// An update failed.
+    #[error(transparent)]
+    Train(#[from] TrainError),
 }
 
 impl Error {
@@ -53,6 +57,7 @@ impl Error {
             Self::Checkpoint(error) => error.hint(),
             Self::Ledger(error) => error.hint(),
             Self::Report(error) => error.hint(),
+            Self::Train(error) => error.hint(),
         }
     }
 }

@@ -1,4 +1,43 @@
 //! Sampling chains of thought with predictions.
+//!
+//! A rollout's tokens depend only on (seed, ordinal, sample) and the weights: random numbers are
+//! counter-based and the decoder's bits do not depend on the batch.
+
+mod engine;
+mod sampler;
+
+pub(crate) use engine::add_trunk;
+pub use engine::{Engine, Generation, StopRule};
+pub use sampler::{Draw, Sampling, argmax, draw};
+
+use std::sync::Arc;
+
+/// What a reply continues: some tokens of a trunk that other prompts may share, then a footer.
+#[derive(Clone, Debug)]
+pub struct Prompt {
+    /// Ordinal of the task.
+    pub ordinal: u64,
+    /// Header and document tokens, shared by the tasks of a document.
+    pub trunk: Arc<[u32]>,
+    /// How many tokens of the trunk belong to this prompt.
+    pub length: usize,
+    /// How many of them are header, not document.
+    pub header: usize,
+    /// What follows them.
+    pub footer: Arc<[u32]>,
+}
+
+impl Prompt {
+    /// Tokens of the whole prompt.
+    pub fn len(&self) -> usize {
+        self.length + self.footer.len()
+    }
+
+    /// Whether there is no token.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
 
 /// Why a rollout ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,6 +48,17 @@ pub enum Finish {
     Stop,
     /// The length limit was reached.
     Length,
+}
+
+impl Finish {
+    /// Name in logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Eos => "eos",
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
 }
 
 /// A sampled reply to one task.

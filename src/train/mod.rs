@@ -1,6 +1,16 @@
-//! Learning from scored rollouts: advantages, policy losses, schedules and optimisers.
+//! Learning: advantages, policy losses, schedules, optimisers, and the trainer that executes
+//! per-token streams of (component, weight) without knowing which algorithm made them.
 
 pub mod advantage;
+mod algorithm;
+mod batch;
 pub mod loss;
 pub mod optimizer;
 pub mod schedule;
+mod supervised;
+mod trainer;
+
+pub use algorithm::{ScoredGroup, policy_batches};
+pub use batch::{Component, MicroBatch, Target};
+pub use supervised::{Example, supervised_batches};
+pub use trainer::{Totals, TrainError, Trainer, UpdateStats};

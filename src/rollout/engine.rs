@@ -1,0 +1,309 @@
+//! The engine: shared prefixes are computed once, then all live replies grow together.
+
+use super::sampler::{Draw, Sampling, draw};
+use super::{Finish, Prompt, Rollout};
+use crate::model::{Decoder, Extension, Forest, KvCache, ModelError, NodeId, Workspace};
+use crate::random::Stream;
+use rayon::prelude::*;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Replies that one thread grows side by side.
+const REPLIES_AT_ONCE: usize = 256;
+/// Logits that one thread holds at a time.
+const LOGITS_AT_ONCE: usize = 1 << 23;
+
+/// When a reply ends.
+#[derive(Clone)]
+pub struct StopRule<'a> {
+    /// End tokens.
+    pub eos: &'a [u32],
+    /// Stop strings.
+    pub strings: &'a [String],
+    /// Bytes of each token, by id (needed for stop strings only).
+    pub token_bytes: &'a (dyn Fn(u32) -> Vec<u8> + Sync),
+    /// Longest reply in tokens.
+    pub max_new_tokens: usize,
+}
+
+impl StopRule<'_> {
+    fn finish(&self, tokens: &[u32], text: &mut Vec<u8>) -> Option<Finish> {
+        let last = *tokens.last()?;
+        if self.eos.contains(&last) {
+            return Some(Finish::Eos);
+        }
+        if !self.strings.is_empty() {
+            text.extend((self.token_bytes)(last));
+            if self.strings.iter().any(|stop| text.ends_with(stop.as_bytes())) {
+                return Some(Finish::Stop);
+            }
+        }
+        (tokens.len() >= self.max_new_tokens).then_some(Finish::Length)
+    }
+}
+
+/// Rollouts and what they cost.
+#[derive(Clone, Debug, Default)]
+pub struct Generation {
+    /// The samples of each prompt, in the order of the prompts.
+    pub groups: Vec<Vec<Rollout>>,
+    /// Prompt tokens that were computed: shared ones once.
+    pub unique_prompt_tokens: u64,
+    /// Prompt tokens that an engine without sharing would have computed.
+    pub repeated_prompt_tokens: u64,
+    /// Sampled tokens.
+    pub sampled_tokens: u64,
+    /// Floating-point operations, counted from shapes.
+    pub flops: u64,
+    /// Thread-seconds in prefill and in decoding.
+    pub seconds: (f64, f64),
+}
+
+impl Generation {
+    fn absorb(&mut self, other: Self) {
+        self.groups.extend(other.groups);
+        self.unique_prompt_tokens += other.unique_prompt_tokens;
+        self.repeated_prompt_tokens += other.repeated_prompt_tokens;
+        self.sampled_tokens += other.sampled_tokens;
+        self.flops += other.flops;
+        self.seconds.0 += other.seconds.0;
+        self.seconds.1 += other.seconds.1;
+    }
+}
+
+/// Samples replies from a decoder.
+pub struct Engine<'a> {
+    /// The model.
+    pub decoder: &'a Decoder,
+    /// How tokens are drawn.
+    pub sampling: Sampling,
+    /// When replies end.
+    pub stop: StopRule<'a>,
+    /// Key of the random numbers.
+    pub seed: u64,
+    /// Optimiser updates behind the decoder's weights, for the record.
+    pub policy_version: u64,
+}
+
+/// A prompt's place in the cache and the normalised hidden state behind its last token.
+struct Prefilled {
+    node: NodeId,
+    state: Vec<f32>,
+}
+
+/// A growing reply.
+struct Live {
+    group: usize,
+    sample: usize,
+    node: NodeId,
+    stream: Stream,
+    rollout: Rollout,
+    text: Vec<u8>,
+}
+
+impl Engine<'_> {
+    /// Samples `samples` replies to every prompt. Prompts of one trunk should stand together.
+    ///
+    /// # Errors
+    /// When a prompt with its reply is longer than the model's positions, is empty, or holds a
+    /// token outside the vocabulary.
+    pub fn generate(&self, prompts: &[Prompt], samples: usize) -> Result<Generation, ModelError> {
+        self.check(prompts)?;
+        // Results do not depend on how prompts are spread over threads.
+        let share = prompts.len().div_ceil(rayon::current_num_threads().max(1)).max(1);
+        let share = share.min((REPLIES_AT_ONCE / samples.max(1)).max(1));
+        let parts: Vec<Result<Generation, ModelError>> =
+            prompts.par_chunks(share).map(|prompts| self.wave(prompts, samples)).collect();
+        let mut all = Generation::default();
+        for part in parts {
+            all.absorb(part?);
+        }
+        Ok(all)
+    }
+
+    fn check(&self, prompts: &[Prompt]) -> Result<(), ModelError> {
+        let limit = self.decoder.config().max_positions;
+        for prompt in prompts {
+            let length = prompt.len() + self.stop.max_new_tokens;
+            if length > limit || prompt.is_empty() {
+                return Err(ModelError::TooLong { length, limit });
+            }
+        }
+        Ok(())
+    }
+
+    /// All replies to some prompts, on one thread.
+    fn wave(&self, prompts: &[Prompt], samples: usize) -> Result<Generation, ModelError> {
+        let start = Instant::now();
+        let (mut cache, mut workspace) = (self.decoder.new_cache(), Workspace::default());
+        let (prefilled, unique) = self.prefill(prompts, &mut cache, &mut workspace)?;
+        let middle = Instant::now();
+        let groups = self.decode(prompts, &prefilled, samples, &mut cache, &mut workspace)?;
+        let sampled = groups.iter().flatten().map(|rollout| rollout.tokens.len() as u64).sum();
+        Ok(Generation {
+            groups,
+            unique_prompt_tokens: unique,
+            repeated_prompt_tokens: prompts.iter().map(|prompt| (prompt.len() * samples) as u64).sum(),
+            sampled_tokens: sampled,
+            flops: workspace.flops,
+            seconds: ((middle - start).as_secs_f64(), middle.elapsed().as_secs_f64()),
+        })
+    }
+
+    /// Computes every prompt, each shared trunk once.
+    fn prefill(
+        &self,
+        prompts: &[Prompt],
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+    ) -> Result<(Vec<Prefilled>, u64), ModelError> {
+        let mut forest = Forest::default();
+        let mut ends = Vec::with_capacity(prompts.len());
+        for family in prompts.chunk_by(|a, b| Arc::ptr_eq(&a.trunk, &b.trunk)) {
+            let trunks = add_trunk(&mut forest, &family[0].trunk, family.iter().map(|prompt| prompt.length));
+            for prompt in family {
+                ends.push(forest.add(trunks.get(&prompt.length).copied(), &prompt.footer));
+            }
+        }
+        let extensions = forest.enter(cache);
+        self.decoder.forward(forest.ids(), &extensions, cache, workspace, None)?;
+        let rows: Vec<usize> =
+            ends.iter().filter_map(|end| forest.row_before(*end, forest.segments()[*end].length)).collect();
+        let states = self.decoder.hidden(workspace, &rows);
+        let prefilled = ends
+            .iter()
+            .zip(states.chunks_exact(self.decoder.config().hidden_size))
+            .map(|(end, state)| Prefilled { node: extensions[*end].node, state: state.to_vec() })
+            .collect();
+        Ok((prefilled, forest.ids().len() as u64))
+    }
+
+    fn decode(
+        &self,
+        prompts: &[Prompt],
+        prefilled: &[Prefilled],
+        samples: usize,
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+    ) -> Result<Vec<Vec<Rollout>>, ModelError> {
+        let mut done: Vec<Vec<Option<Rollout>>> = prompts.iter().map(|_| vec![None; samples]).collect();
+        let mut live = self.start(prompts, prefilled, samples, cache);
+        // The first token of all samples of a prompt comes from one row of logits.
+        let states: Vec<f32> = prefilled.iter().flat_map(|prompt| prompt.state.iter().copied()).collect();
+        let source: Vec<usize> = live.iter().map(|reply| reply.group).collect();
+        self.grow(&mut live, &states, &source, workspace);
+        self.collect(&mut live, &mut done, cache);
+        while !live.is_empty() {
+            let ids: Vec<u32> = live.iter().filter_map(|reply| reply.rollout.tokens.last().copied()).collect();
+            let extensions: Vec<Extension> = live
+                .iter()
+                .enumerate()
+                .map(|(row, reply)| {
+                    cache.extend(reply.node, 1, row);
+                    Extension { node: reply.node, rows: row..row + 1 }
+                })
+                .collect();
+            self.decoder.forward(&ids, &extensions, cache, workspace, None)?;
+            let rows: Vec<usize> = (0..live.len()).collect();
+            let states = self.decoder.hidden(workspace, &rows);
+            self.grow(&mut live, &states, &rows, workspace);
+            self.collect(&mut live, &mut done, cache);
+        }
+        Ok(done.into_iter().map(|group| group.into_iter().flatten().collect()).collect())
+    }
+
+    fn start(
+        &self,
+        prompts: &[Prompt],
+        prefilled: &[Prefilled],
+        samples: usize,
+        cache: &mut KvCache,
+    ) -> Vec<Live> {
+        let stream = Stream::new(self.seed, "rollout");
+        let mut live = Vec::with_capacity(prompts.len() * samples);
+        for (group, prompt) in prompts.iter().enumerate() {
+            for sample in 0..samples {
+                live.push(Live {
+                    group,
+                    sample,
+                    node: cache.insert(Some(prefilled[group].node)),
+                    stream: stream.child(prompt.ordinal).child(sample as u64),
+                    rollout: Rollout {
+                        ordinal: prompt.ordinal,
+                        sample: sample as u32,
+                        tokens: Vec::new(),
+                        logprobs: Vec::new(),
+                        policy_logprobs: Vec::new(),
+                        sampling_logprobs: Vec::new(),
+                        finish: Finish::Length,
+                        policy_version: self.policy_version,
+                    },
+                    text: Vec::new(),
+                });
+            }
+        }
+        live
+    }
+
+    /// Adds one token to every live reply; reply i reads the hidden state `source[i]`.
+    fn grow(&self, live: &mut [Live], states: &[f32], source: &[usize], workspace: &mut Workspace) {
+        let (width, vocabulary) = (self.decoder.config().hidden_size, self.decoder.config().vocab_size);
+        let rows_at_once = (LOGITS_AT_ONCE / vocabulary).max(1);
+        let (mut logits, mut scratch) = (Vec::new(), Vec::new());
+        for (block, states) in states.chunks(rows_at_once * width).enumerate() {
+            self.decoder.logits(states, &mut logits, workspace);
+            let first = block * rows_at_once;
+            for (reply, row) in live.iter_mut().zip(source) {
+                if let Some(logits) = row.checked_sub(first).and_then(|row| {
+                    logits.get(row * vocabulary..(row + 1) * vocabulary)
+                }) {
+                    let uniform = reply.stream.uniform(reply.rollout.tokens.len() as u64);
+                    let drawn = draw(logits, &self.sampling, uniform, &mut scratch);
+                    reply.push(drawn);
+                }
+            }
+        }
+    }
+
+    /// Moves finished replies out and frees their pages.
+    fn collect(&self, live: &mut Vec<Live>, done: &mut [Vec<Option<Rollout>>], cache: &mut KvCache) {
+        let mut next = Vec::with_capacity(live.len());
+        for mut reply in live.drain(..) {
+            match self.stop.finish(&reply.rollout.tokens, &mut reply.text) {
+                None => next.push(reply),
+                Some(finish) => {
+                    cache.release(reply.node);
+                    reply.rollout.finish = finish;
+                    done[reply.group][reply.sample] = Some(reply.rollout);
+                }
+            }
+        }
+        *live = next;
+    }
+}
+
+impl Live {
+    fn push(&mut self, drawn: Draw) {
+        self.rollout.tokens.push(drawn.token);
+        self.rollout.logprobs.push(drawn.logprob);
+        self.rollout.policy_logprobs.push(drawn.policy_logprob);
+        self.rollout.sampling_logprobs.push(drawn.sampling_logprob);
+    }
+}
+
+/// Adds a trunk as a chain of segments that ends at each wanted length; returns the segment that
+/// ends at each. Length 0 has none.
+pub(crate) fn add_trunk(
+    forest: &mut Forest,
+    trunk: &[u32],
+    lengths: impl Iterator<Item = usize>,
+) -> BTreeMap<usize, usize> {
+    let mut ends: BTreeMap<usize, usize> = lengths.filter(|length| *length > 0).map(|length| (length, 0)).collect();
+    let (mut parent, mut start) = (None, 0);
+    for (length, segment) in &mut ends {
+        *segment = forest.add(parent, &trunk[start..*length]);
+        (parent, start) = (Some(*segment), *length);
+    }
+    ends
+}

@@ -1,0 +1,191 @@
+//! Drawing one token from a row of logits.
+
+use crate::kernels::elementary::exp_in_place;
+use crate::kernels::head::Normalizer;
+
+/// How tokens are drawn.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// Temperature; 0 takes the most probable token.
+    pub temperature: f32,
+    /// Keep the k most probable tokens (0 = all).
+    pub top_k: usize,
+    /// Keep the smallest set of most probable tokens with at least this mass (1 = all).
+    pub top_p: f32,
+    /// Drop tokens below this share of the most probable one (0 = none).
+    pub min_p: f32,
+}
+
+impl Sampling {
+    /// The most probable token, always.
+    pub const GREEDY: Self = Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+
+    /// Inverse temperature of the policy that these settings sample; greedy counts as 1.
+    pub fn inverse_temperature(&self) -> f32 {
+        if self.temperature > 0.0 { 1.0 / self.temperature } else { 1.0 }
+    }
+
+    fn truncates(&self) -> bool {
+        self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0
+    }
+}
+
+/// A drawn token and its log-probabilities (natural log).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// The token.
+    pub token: u32,
+    /// Under the model at temperature 1, untruncated.
+    pub logprob: f32,
+    /// Under the tempered, untruncated model.
+    pub policy_logprob: f32,
+    /// Under the distribution that it was drawn from.
+    pub sampling_logprob: f32,
+}
+
+/// Draws a token with the random number `uniform` in [0, 1).
+///
+/// Truncation follows transformers: temperature, then top-k, then top-p, then min-p, each over
+/// what the one before left. Ties go to the smaller id.
+pub fn draw(logits: &[f32], sampling: &Sampling, uniform: f64, scratch: &mut Vec<f32>) -> Draw {
+    let plain = Normalizer::of_row(logits, 1.0);
+    if sampling.temperature <= 0.0 {
+        let token = argmax(logits);
+        let logprob = plain.logprob(logits[token]);
+        return Draw { token: token as u32, logprob, policy_logprob: logprob, sampling_logprob: 0.0 };
+    }
+    let inverse_temperature = sampling.inverse_temperature();
+    let policy = match inverse_temperature {
+        1.0 => plain,
+        _ => Normalizer::of_row(logits, inverse_temperature),
+    };
+    scratch.clear();
+    scratch.extend_from_slice(logits);
+    exp_in_place(scratch, logits[argmax(logits)], inverse_temperature);
+    let (token, truncated) = if sampling.truncates() {
+        let kept = truncate(scratch, sampling);
+        let mass: f64 = kept.iter().map(|id| f64::from(scratch[*id as usize])).sum();
+        let token = walk(kept.iter().map(|id| (*id, scratch[*id as usize])), uniform * mass);
+        (token, Some((f64::from(scratch[token as usize]) / mass).ln() as f32))
+    } else {
+        let mass: f64 = scratch.iter().map(|weight| f64::from(*weight)).sum();
+        (walk(scratch.iter().enumerate().map(|(id, weight)| (id as u32, *weight)), uniform * mass), None)
+    };
+    let logit = logits[token as usize];
+    let policy_logprob = policy.logprob(logit);
+    let sampling_logprob = truncated.unwrap_or(policy_logprob);
+    Draw { token, logprob: plain.logprob(logit), policy_logprob, sampling_logprob }
+}
+
+/// Place of the largest value, the first of equals.
+pub fn argmax(values: &[f32]) -> usize {
+    let mut best = 0;
+    for (at, value) in values.iter().enumerate() {
+        if *value > values[best] {
+            best = at;
+        }
+    }
+    best
+}
+
+/// The first token at which the running sum of weights passes `target`.
+fn walk(weights: impl Iterator<Item = (u32, f32)>, target: f64) -> u32 {
+    let (mut sum, mut last) = (0.0, 0);
+    for (id, weight) in weights {
+        if weight > 0.0 {
+            sum += f64::from(weight);
+            last = id;
+            if sum > target {
+                break;
+            }
+        }
+    }
+    last
+}
+
+/// Ids that survive top-k, top-p and min-p, most probable first; never empty.
+fn truncate(weights: &[f32], sampling: &Sampling) -> Vec<u32> {
+    let mut ids: Vec<u32> = (0..weights.len() as u32).collect();
+    let weight = |id: &u32| weights[*id as usize];
+    let order = |a: &u32, b: &u32| weight(b).total_cmp(&weight(a)).then(a.cmp(b));
+    if sampling.top_k > 0 && sampling.top_k < ids.len() {
+        ids.select_nth_unstable_by(sampling.top_k, order);
+        ids.truncate(sampling.top_k);
+    }
+    ids.sort_unstable_by(order);
+    if sampling.top_p < 1.0 {
+        let mass: f64 = ids.iter().map(|id| f64::from(weight(id))).sum();
+        let limit = f64::from(sampling.top_p) * mass;
+        let mut sum = 0.0;
+        let kept = ids.iter().take_while(|id| {
+            let before = sum;
+            sum += f64::from(weight(id));
+            before < limit
+        });
+        let kept = kept.count();
+        ids.truncate(kept.max(1));
+    }
+    let floor = sampling.min_p * weight(&ids[0]);
+    let kept = ids.iter().take_while(|id| weight(id) >= floor).count();
+    ids.truncate(kept.max(1));
+    ids
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, 3.0, -1.0];
+
+    fn probabilities(temperature: f64) -> Vec<f64> {
+        let weights: Vec<f64> = LOGITS.iter().map(|l| (f64::from(*l) / temperature).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        weights.into_iter().map(|w| w / sum).collect()
+    }
+
+    fn frequencies(sampling: &Sampling) -> Vec<f64> {
+        let mut counts = vec![0.0; LOGITS.len()];
+        let mut scratch = Vec::new();
+        for n in 0..20_000 {
+            let uniform = (f64::from(n) + 0.5) / 20_000.0;
+            counts[draw(&LOGITS, sampling, uniform, &mut scratch).token as usize] += 1.0 / 20_000.0;
+        }
+        counts
+    }
+
+    #[test]
+    fn frequencies_follow_the_tempered_distribution() {
+        let sampling = Sampling { temperature: 0.8, ..Sampling { temperature: 1.0, ..Sampling::GREEDY } };
+        for (got, want) in frequencies(&sampling).iter().zip(probabilities(0.8)) {
+            assert!((got - want).abs() < 1e-3);
+        }
+    }
+
+    #[test]
+    fn logprobs_are_those_of_three_distributions() {
+        let sampling = Sampling { temperature: 0.5, top_k: 2, ..Sampling::GREEDY };
+        let drawn = draw(&LOGITS, &sampling, 0.9, &mut Vec::new());
+        assert_eq!(drawn.token, 3);
+        assert!((f64::from(drawn.logprob) - probabilities(1.0)[3].ln()).abs() < 1e-6);
+        assert!((f64::from(drawn.policy_logprob) - probabilities(0.5)[3].ln()).abs() < 1e-6);
+        assert!((f64::from(drawn.sampling_logprob) - 0.5_f64.ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn truncation_keeps_what_it_should() {
+        let warm = Sampling { temperature: 1.0, ..Sampling::GREEDY };
+        let support = |sampling: Sampling| -> Vec<usize> {
+            frequencies(&sampling).iter().enumerate().filter(|(_, f)| **f > 0.0).map(|(at, _)| at).collect()
+        };
+        assert_eq!(support(Sampling { top_k: 1, ..warm }), [1]);
+        assert_eq!(support(Sampling { top_k: 3, ..warm }), [1, 2, 3]);
+        assert_eq!(support(Sampling { top_p: 0.5, ..warm }), [1, 3]);
+        assert_eq!(support(Sampling { min_p: 0.3, ..warm }), [1, 2, 3]);
+        assert_eq!(support(Sampling { top_p: 1e-6, ..warm }), [1]);
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_equals() {
+        assert_eq!(draw(&LOGITS, &Sampling::GREEDY, 0.99, &mut Vec::new()).token, 1);
+    }
+}

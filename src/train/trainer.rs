@@ -1,0 +1,331 @@
+//! The trainer: executes micro-batches and updates the decoder.
+
+use super::batch::{Component, MicroBatch};
+use super::loss::{PolicyLoss, PolicyToken};
+use super::optimizer::{Optimizer, OptimizerError, ParameterGroup, ParameterKind};
+use crate::config::OptimizerConfig;
+use crate::kernels::elementary::add;
+use crate::kernels::head::{TargetGradient, TokenScore};
+use crate::model::{Decoder, KvCache, ModelError, Role, Tape, Workspace};
+use rayon::prelude::*;
+
+/// Gradient buffers that micro-batches are spread over, whatever the number of threads.
+const LANES: usize = 4;
+/// Parameters above which one gradient buffer serves, with parallelism inside each operation.
+const LANES_UP_TO: usize = 16 << 20;
+
+/// Why an update did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The model could not be run.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The optimiser refused.
+    #[error(transparent)]
+    Optimizer(#[from] OptimizerError),
+    /// The loss is not a number.
+    #[error("the loss of update {update} is {loss}: the update was not made")]
+    NonFiniteLoss {
+        /// Number of the update, from 0.
+        update: u64,
+        /// The loss.
+        loss: f64,
+    },
+    /// An update would have left the weights infinite or not a number.
+    #[error("update {update} left {count} weights that are not finite: it will not be committed")]
+    NonFiniteWeights {
+        /// Number of the update, from 0.
+        update: u64,
+        /// How many weights.
+        count: usize,
+    },
+}
+
+impl TrainError {
+    /// Advice for the user, if there is any.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Model(error) => error.hint(),
+            Self::Optimizer(error) => error.hint(),
+            Self::NonFiniteLoss { .. } | Self::NonFiniteWeights { .. } => Some(
+                "lower optimizer.learning_rate or raise optimizer.warmup_steps; `rpt run` goes on from the last checkpoint"
+                    .into(),
+            ),
+        }
+    }
+}
+
+/// Sums over the targets of an update.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Totals {
+    /// Weighted policy loss, divergence included.
+    pub policy_loss: f64,
+    /// Weighted likelihood loss.
+    pub likelihood_loss: f64,
+    /// Policy tokens.
+    pub policy_tokens: u64,
+    /// Likelihood tokens.
+    pub likelihood_tokens: u64,
+    /// Entropy of the policy tokens' distributions at temperature 1, summed, in nats.
+    pub entropy: f64,
+    /// Estimated divergence from the reference, summed.
+    pub kl: f64,
+    /// Policy tokens whose ratio was clipped.
+    pub clipped: u64,
+    /// Policy tokens whose log-probability differs from the engine's in any bit.
+    pub mismatched: u64,
+    /// Largest difference from the engine's log-probability.
+    pub largest_mismatch: f32,
+    /// Floating-point operations, counted from shapes.
+    pub flops: u64,
+}
+
+impl Totals {
+    fn absorb(&mut self, other: &Self) {
+        self.policy_loss += other.policy_loss;
+        self.likelihood_loss += other.likelihood_loss;
+        self.policy_tokens += other.policy_tokens;
+        self.likelihood_tokens += other.likelihood_tokens;
+        self.entropy += other.entropy;
+        self.kl += other.kl;
+        self.clipped += other.clipped;
+        self.mismatched += other.mismatched;
+        self.largest_mismatch = self.largest_mismatch.max(other.largest_mismatch);
+        self.flops += other.flops;
+    }
+}
+
+/// What one update did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct UpdateStats {
+    /// Sums over its targets.
+    pub totals: Totals,
+    /// Global norm of the gradient before clipping.
+    pub gradient_norm: f64,
+    /// Learning rate.
+    pub learning_rate: f32,
+}
+
+/// A decoder with its optimiser.
+pub struct Trainer {
+    decoder: Decoder,
+    optimizer: Optimizer,
+    lanes: Vec<Lane>,
+}
+
+/// One gradient buffer with everything a forward and backward pass needs.
+struct Lane {
+    gradients: Vec<f32>,
+    workspace: Workspace,
+    tape: Tape,
+    cache: KvCache,
+}
+
+/// What all micro-batches of an update share.
+#[derive(Clone, Copy)]
+struct Pass<'a> {
+    decoder: &'a Decoder,
+    reference: Option<&'a Decoder>,
+    loss: &'a PolicyLoss,
+    inverse_temperature: f32,
+}
+
+impl Trainer {
+    /// A trainer for a stage of `steps` updates.
+    ///
+    /// # Errors
+    /// When the optimiser refuses the decoder's layout.
+    pub fn new(mut decoder: Decoder, config: &OptimizerConfig, steps: u64) -> Result<Self, TrainError> {
+        decoder.make_trainable();
+        let optimizer = Optimizer::new(config, parameter_groups(&decoder), steps)?;
+        let count = if decoder.parameters().len() <= LANES_UP_TO { LANES } else { 1 };
+        let lanes = (0..count)
+            .map(|_| Lane {
+                gradients: vec![0.0; decoder.parameters().len()],
+                workspace: Workspace::default(),
+                tape: Tape::default(),
+                cache: decoder.new_cache(),
+            })
+            .collect();
+        Ok(Self { decoder, optimizer, lanes })
+    }
+
+    /// The decoder as it is now.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// Gives the decoder back.
+    pub fn into_decoder(self) -> Decoder {
+        self.decoder
+    }
+
+    /// The optimiser, for checkpoints.
+    pub fn optimizer(&self) -> &Optimizer {
+        &self.optimizer
+    }
+
+    /// The optimiser, for resuming.
+    pub fn optimizer_mut(&mut self) -> &mut Optimizer {
+        &mut self.optimizer
+    }
+
+    /// Replaces the weights, on resuming.
+    pub fn set_parameters(&mut self, change: impl FnOnce(&mut [f32])) {
+        self.decoder.update(change);
+    }
+
+    /// One update from some micro-batches. The result depends on the micro-batches alone, not on
+    /// the number of threads.
+    ///
+    /// # Errors
+    /// When the model cannot be run, or loss, gradient or weights are not finite. In the first
+    /// two cases nothing has changed.
+    pub fn update(
+        &mut self,
+        batches: &[MicroBatch],
+        loss: &PolicyLoss,
+        inverse_temperature: f32,
+        reference: Option<&Decoder>,
+    ) -> Result<UpdateStats, TrainError> {
+        let pass = Pass { decoder: &self.decoder, reference, loss, inverse_temperature };
+        let count = self.lanes.len();
+        let parts: Vec<Result<Totals, ModelError>> = self
+            .lanes
+            .par_iter_mut()
+            .enumerate()
+            .map(|(number, lane)| {
+                lane.gradients.fill(0.0);
+                lane.workspace.flops = 0;
+                let mut totals = Totals::default();
+                for batch in batches.iter().skip(number).step_by(count) {
+                    totals.absorb(&lane.accumulate(pass, batch)?);
+                }
+                totals.flops = lane.workspace.flops;
+                Ok(totals)
+            })
+            .collect();
+        let mut totals = Totals::default();
+        for part in parts {
+            totals.absorb(&part?);
+        }
+        let loss = totals.policy_loss + totals.likelihood_loss;
+        let update = self.optimizer.step_count();
+        if !loss.is_finite() {
+            return Err(TrainError::NonFiniteLoss { update, loss });
+        }
+        let (first, others) = self.lanes.split_at_mut(1);
+        for lane in others {
+            add(&mut first[0].gradients, &lane.gradients);
+        }
+        let (optimizer, gradients) = (&mut self.optimizer, &first[0].gradients);
+        let stats = self.decoder.update(|parameters| optimizer.step(parameters, gradients))?;
+        let count = self.decoder.parameters().iter().filter(|value| !value.is_finite()).count();
+        if count > 0 {
+            return Err(TrainError::NonFiniteWeights { update, count });
+        }
+        Ok(UpdateStats { totals, gradient_norm: stats.gradient_norm, learning_rate: stats.learning_rate })
+    }
+}
+
+impl Lane {
+    /// Adds one micro-batch's gradient.
+    fn accumulate(&mut self, pass: Pass, batch: &MicroBatch) -> Result<Totals, ModelError> {
+        let forest = &batch.forest;
+        let (rows, tokens): (Vec<usize>, Vec<u32>) = batch
+            .targets
+            .iter()
+            .filter_map(|target| Some((forest.row_before(target.segment, target.at)?, target.token)))
+            .unzip();
+        self.cache.clear();
+        let extensions = forest.enter(&mut self.cache);
+        let Self { gradients, workspace, tape, cache } = self;
+        pass.decoder.forward(forest.ids(), &extensions, cache, workspace, Some(tape))?;
+        let states = pass.decoder.hidden(workspace, &rows);
+        let scores = pass.decoder.score(&states, &tokens, pass.inverse_temperature, workspace);
+        let reference = match pass.reference {
+            None => None,
+            Some(reference) => Some(pass.reference_logprobs(reference, batch, &rows, &tokens)?),
+        };
+        let mut totals = Totals::default();
+        let gradient = |(at, score): (usize, &TokenScore)| {
+            let reference = reference.as_ref().map(|logprobs| logprobs[at]);
+            pass.target_gradient(&batch.targets[at].component, tokens[at], score, reference, &mut totals)
+        };
+        let targets: Vec<TargetGradient> = scores.iter().enumerate().map(gradient).collect();
+        pass.decoder.backward(tape, cache, &rows, &targets, gradients, workspace);
+        Ok(totals)
+    }
+}
+
+impl Pass<'_> {
+    /// The reference model's log-probabilities of the same targets.
+    fn reference_logprobs(
+        &self,
+        reference: &Decoder,
+        batch: &MicroBatch,
+        rows: &[usize],
+        tokens: &[u32],
+    ) -> Result<Vec<f32>, ModelError> {
+        let (mut cache, mut workspace) = (reference.new_cache(), Workspace::default());
+        let extensions = batch.forest.enter(&mut cache);
+        reference.forward(batch.forest.ids(), &extensions, &mut cache, &mut workspace, None)?;
+        let states = reference.hidden(&workspace, rows);
+        let scores = reference.score(&states, tokens, self.inverse_temperature, &mut workspace);
+        Ok(scores.iter().map(|score| score.policy_logprob).collect())
+    }
+
+    fn target_gradient(
+        &self,
+        component: &Component,
+        token: u32,
+        score: &TokenScore,
+        reference: Option<f32>,
+        totals: &mut Totals,
+    ) -> TargetGradient {
+        match *component {
+            Component::Likelihood { weight } => {
+                totals.likelihood_loss -= f64::from(weight) * f64::from(score.logprob);
+                totals.likelihood_tokens += 1;
+                TargetGradient { target: token, coefficient: -weight, inverse_temperature: 1.0 }
+            }
+            Component::Policy { weight, advantage, old_logprob, engine_logprob } => {
+                let loss = self.loss.token(&PolicyToken {
+                    logprob: score.policy_logprob,
+                    old_logprob,
+                    reference_logprob: reference,
+                    advantage,
+                });
+                totals.policy_loss += f64::from(weight) * f64::from(loss.loss);
+                totals.policy_tokens += 1;
+                totals.entropy += f64::from(score.entropy);
+                totals.kl += f64::from(loss.kl);
+                totals.clipped += u64::from(loss.clipped_low || loss.clipped_high);
+                totals.mismatched += u64::from(score.logprob.to_bits() != engine_logprob.to_bits());
+                totals.largest_mismatch = totals.largest_mismatch.max((score.logprob - engine_logprob).abs());
+                let coefficient = weight * loss.gradient;
+                TargetGradient { target: token, coefficient, inverse_temperature: self.inverse_temperature }
+            }
+        }
+    }
+}
+
+fn parameter_groups(decoder: &Decoder) -> Vec<ParameterGroup> {
+    let kind = |role| match role {
+        Role::Matrix => ParameterKind::Matrix,
+        Role::Embedding => ParameterKind::Embedding,
+        Role::Norm | Role::Bias => ParameterKind::Vector,
+    };
+    decoder
+        .layout()
+        .parameters()
+        .iter()
+        .map(|parameter| ParameterGroup {
+            name: parameter.name.clone(),
+            range: parameter.range.clone(),
+            rows: parameter.rows,
+            columns: parameter.columns,
+            kind: kind(parameter.role),
+        })
+        .collect()
+}
