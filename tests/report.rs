@@ -150,9 +150,9 @@ fn hostile_input(directory: &Path) -> ReportInput {
     let path = directory.join("metrics.jsonl");
     let mut log = MetricsLog::open(&path, 0).unwrap();
     for step in 1..=1000_u64 {
-        let share = step as f64 / 1000.0;
+        let reward = if step <= 500 { 0.125 } else { 0.875 };
         let line = Metrics::new(HOSTILE, step)
-            .with("reward", share)
+            .with("reward", reward)
             .with(format!("reward/{HOSTILE}"), 0.5)
             .with("loss", f64::NAN)
             .with("entropy", 1.0)
@@ -255,7 +255,7 @@ fn the_page_holds_the_figures_and_needs_nothing_else() {
         "62.5",
         "3.1 × 10<sup>13</sup>",
         "covered by the traces",
-        "0.003 → 0.999",
+        "0.125 → 0.875",
     ] {
         assert!(page.contains(expected), "{expected}");
     }

@@ -33,6 +33,7 @@ pub struct StageCurves {
     /// Values that were `null`: NaN or infinite when they were measured.
     pub not_finite: u64,
     first_step: u64,
+    last_step: u64,
     width: u64,
     steps: Vec<Mean>,
     keys: Vec<(String, Vec<Mean>)>,
@@ -103,6 +104,7 @@ impl StageCurves {
             lines: 0,
             not_finite: 0,
             first_step,
+            last_step: first_step,
             width: 1,
             steps: Vec::new(),
             keys: Vec::new(),
@@ -112,6 +114,7 @@ impl StageCurves {
     fn add(&mut self, step: u64, object: &Map<String, Value>) {
         let bucket = self.bucket(step);
         self.lines += 1;
+        self.last_step = self.last_step.max(step);
         cell(&mut self.steps, bucket).add(step as f64);
         for (key, value) in object.iter().filter(|(key, _)| *key != "step") {
             match value.as_f64() {
@@ -143,6 +146,11 @@ impl StageCurves {
     /// Names of all curves, in the order of their first appearance.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.keys.iter().map(|(key, _)| key.as_str())
+    }
+
+    /// First and last step.
+    pub fn step_range(&self) -> (f64, f64) {
+        (self.first_step as f64, self.last_step as f64)
     }
 
     /// Steps in one bucket.

@@ -79,9 +79,10 @@ fn sections(input: &ReportInput) -> Vec<Section> {
     };
     let tables = input.tables.iter().map(draw_table).collect::<Vec<_>>().join("\n");
     let mut all = vec![section("results", "Results", tables)];
-    // The last stage is what a run was made for.
-    let stages = input.curves.stages.iter().enumerate().rev();
-    all.extend(stages.map(|(index, stage)| {
+    // Stages that earn rewards are what a run is made for.
+    let mut stages: Vec<_> = input.curves.stages.iter().enumerate().collect();
+    stages.sort_by_key(|(_, stage)| stage.points("reward").is_empty());
+    all.extend(stages.into_iter().map(|(index, stage)| {
         section(&format!("stage-{}", index + 1), &format!("Stage: {}", stage.name), draw_stage(stage))
     }));
     all.push(section("rollouts", "Sample rollouts", draw_rollouts(&input.rollouts)));
@@ -131,7 +132,7 @@ fn describe_points(stage: &StageCurves) -> String {
     };
     format!(
         "<p class=\"note\">{} lines of metrics. {width}; bold lines and areas are a running mean over a twentieth \
-         of the curve, the numbers above a chart its ends.{missing}</p>",
+         of the curve, and the numbers above a chart its ends.{missing}</p>",
         grouped(stage.lines)
     )
 }

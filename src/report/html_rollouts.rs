@@ -38,7 +38,7 @@ fn draw_phase(name: &str, rows: &[&RolloutRow]) -> String {
 fn draw_rollout(row: &RolloutRow) -> String {
     format!(
         "<article class=\"rollout\">\n<p class=\"where\"><span class=\"badge {class}\">{outcome}</span>{facts}</p>\n\
-         <div class=\"text context\"><h4>Context</h4><p>… {context}<mark></mark></p></div>\n{thought}\n\
+         <div class=\"text context\"><h4>Context</h4><p>{context}<mark></mark></p></div>\n{thought}\n\
          <dl class=\"answer\"><div><dt>Prediction</dt><dd>{prediction}</dd></div>\
          <div><dt>Truth</dt><dd>{truth}</dd></div><div><dt>Reward</dt><dd class=\"number\">{reward}</dd></div>\
          <div><dt>Advantage</dt><dd class=\"number\">{advantage:+.3}</dd></div></dl>\n</article>",

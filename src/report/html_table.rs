@@ -103,7 +103,7 @@ fn draw_interval(row: &TableRow) -> String {
     let dot = row
         .accuracy
         .filter(|share| share.is_finite())
-        .map(|share| format!("<circle class=\"dot\" cx=\"{:.1}\" cy=\"6\" r=\"3.2\"/>", place(share)));
+        .map(|share| format!("<circle class=\"dot\" cx=\"{:.1}\" cy=\"6\" r=\"2\"/>", place(share)));
     format!(
         "<svg viewBox=\"0 0 100 12\" aria-hidden=\"true\"><line class=\"grid\" x1=\"4\" y1=\"6\" x2=\"96\" y2=\"6\"/>\
          <line class=\"whisker\" x1=\"{:.1}\" y1=\"6\" x2=\"{:.1}\" y2=\"6\"/>{}</svg>\

@@ -1,7 +1,7 @@
 //! The metrics log: one flat JSON object per line, cut back to a checkpoint on resume.
 
 use super::ReportError;
-use super::files::at;
+use super::files::{at, sync_directory};
 use serde::ser::{Serialize, SerializeMap as _, Serializer};
 use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -150,6 +150,7 @@ impl MetricsLog {
     pub fn open(path: &Path, resume_bytes: u64) -> Result<Self, ReportError> {
         let mut file =
             OpenOptions::new().read(true).append(true).create(true).open(path).map_err(at(path))?;
+        sync_directory(path.parent().unwrap_or(Path::new(".")))?;
         let found = file.metadata().map_err(at(path))?.len();
         let misplaced = || ReportError::MetricsPosition { path: path.into(), expected: resume_bytes, found };
         if found < resume_bytes || !ends_line(&mut file, resume_bytes).map_err(at(path))? {
@@ -223,7 +224,7 @@ fn lines_behind(file: &mut File, position: u64) -> std::io::Result<u64> {
         let read = file.read(&mut block)?;
         let Some(&end) = block[..read].last() else { break };
         last = end;
-        lines += block[..read].iter().filter(|byte| **byte == b'\n').count() as u64;
+        lines += block[..read].split(|byte| *byte == b'\n').count() as u64 - 1;
     }
     Ok(lines + u64::from(last != b'\n'))
 }

@@ -59,6 +59,7 @@ impl Panel {
         let chart = Chart {
             title: self.title.to_owned(),
             x_label: "step".to_owned(),
+            x_range: Some(stage.step_range()),
             drawing: if self.is_stacked() { Drawing::Stack } else { Drawing::Lines },
             series,
             y_range: self.y_range(),

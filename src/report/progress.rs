@@ -178,10 +178,14 @@ mod tests {
     #[test]
     fn durations_and_figures_read_well() {
         let durations = [(7.25, "7.2s"), (59.4, "59s"), (7500.0, "2h 05m"), (273_600.0, "3d 04h")];
-        durations.iter().for_each(|(seconds, text)| assert_eq!(describe_seconds(*seconds), *text));
+        for (seconds, text) in durations {
+            assert_eq!(describe_seconds(seconds), text);
+        }
         let figures =
             [(0.0, "0.000"), (0.1234, "0.123"), (12.34, "12.3"), (12345.6, "12346"), (1e-6, "1.0e-6")];
-        figures.iter().for_each(|(value, text)| assert_eq!(describe_figure(*value), *text));
+        for (value, text) in figures {
+            assert_eq!(describe_figure(value), text);
+        }
         assert_eq!(describe_figure(f64::NAN), "NaN");
     }
 }

@@ -114,10 +114,10 @@ impl RolloutLog {
             return Err(ReportError::SegmentReversed { directory, first: first_step, last: last_step });
         }
         self.encode()?;
-        let Some(Segment { writer, path: unfinished }) = self.segment.take() else { return Ok(None) };
-        let file = writer.into_inner().map_err(in_parquet(&unfinished))?;
+        let Some(Segment { mut writer, path: unfinished }) = self.segment.take() else { return Ok(None) };
+        writer.finish().map_err(in_parquet(&unfinished))?;
         let path = self.directory.join(format!("rollouts-{first_step:06}-{last_step:06}.parquet"));
-        publish(&file, &unfinished, &path)?;
+        publish(writer.inner(), &unfinished, &path)?;
         Ok(Some(path))
     }
 

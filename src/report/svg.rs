@@ -37,6 +37,8 @@ pub(super) struct Series {
 pub(super) struct Chart {
     pub(super) title: String,
     pub(super) x_label: String,
+    /// The x axis holds at least this range.
+    pub(super) x_range: Option<(f64, f64)>,
     pub(super) drawing: Drawing,
     pub(super) series: Vec<Series>,
     /// The y axis holds at least this range.
@@ -75,12 +77,13 @@ impl Chart {
     }
 }
 
-/// Means of a sliding window of about a twentieth of the curve, narrower at its ends so that they stay in place.
+/// Means of a sliding window of a twentieth of the curve. Towards the ends it narrows to the last three points, so
+/// that a curve starts and ends where the measured one does.
 pub(super) fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let reach = if points.len() < SMOOTHED_FROM { 0 } else { points.len() / 40 };
     let mean = |center: usize| {
-        let reach = reach.min(center).min(points.len() - 1 - center);
-        let window = &points[center - reach..=center + reach];
+        let reach = reach.min(center.max(2)).min((points.len() - 1 - center).max(2));
+        let window = &points[center.saturating_sub(reach)..points.len().min(center + reach + 1)];
         window.iter().map(|(_, y)| y).sum::<f64>() / window.len() as f64
     };
     points.iter().enumerate().map(|(index, (x, _))| (*x, mean(index))).collect()
@@ -126,10 +129,11 @@ struct Plot {
 
 impl Plot {
     fn of(chart: &Chart, top: f64) -> Self {
+        let ends = |range: Option<(f64, f64)>| range.into_iter().flat_map(|(low, high)| [low, high]);
         let xs = chart.series.iter().flat_map(|series| series.points.iter().map(|(x, _)| *x));
-        let (x_low, x_high) = range(xs).unwrap_or((0.0, 1.0));
-        let wanted = chart.y_range.into_iter().flat_map(|(low, high)| [low, high]);
-        let (y_low, y_high) = range(chart.heights().into_iter().chain(wanted)).unwrap_or((0.0, 1.0));
+        let (x_low, x_high) = range(xs.chain(ends(chart.x_range))).unwrap_or((0.0, 1.0));
+        let ys = chart.heights().into_iter();
+        let (y_low, y_high) = range(ys.chain(ends(chart.y_range))).unwrap_or((0.0, 1.0));
         let y = Axis::rounded(y_low, y_high, 5);
         Self { top, bottom: top + PLOT_HEIGHT, x: Axis::exact(x_low, x_high, 7), y }
     }
@@ -228,16 +232,20 @@ impl Axis {
     fn rounded(low: f64, high: f64, most_ticks: usize) -> Self {
         let (low, high) = widened(low, high);
         let step = round_step((high - low) / most_ticks as f64);
-        Self::exact((low / step).floor() * step, (high / step).ceil() * step, most_ticks + 2)
+        // Sums of shares may miss a tick by a rounding error; that must not add another one.
+        let (first, last) = ((low / step + 1e-9).floor(), (high / step - 1e-9).ceil());
+        Self::exact(first * step, last * step, most_ticks + 2)
     }
 
+    /// Where a value lies between the ends of the axis, 0 to 1; outliers stay close to the plot.
     fn share(&self, value: f64) -> f64 {
-        (value - self.low) / (self.high - self.low)
+        let share = (value - self.low) / (self.high - self.low);
+        if share.is_nan() { 0.0 } else { share.clamp(-0.1, 1.1) }
     }
 
     fn label(&self, value: f64) -> String {
         let largest = self.low.abs().max(self.high.abs());
-        if largest >= 1e6 || largest < 1e-3 {
+        if !(1e-3..1e6).contains(&largest) {
             return format!("{:e}", rounded_to(value, self.step));
         }
         let decimals = (-self.step.log10().floor()).clamp(0.0, 9.0) as usize;
@@ -344,11 +352,14 @@ mod tests {
     }
 
     #[test]
-    fn smoothing_keeps_ends_and_lines() {
+    fn smoothing_keeps_straight_lines_and_short_curves() {
         let line: Vec<_> = (0..200).map(|x| (f64::from(x), 2.0 * f64::from(x) + 1.0)).collect();
-        for ((x, y), (sx, sy)) in line.iter().zip(smoothed(&line)) {
-            assert!((x - sx).abs() < 1e-9 && (y - sy).abs() < 1e-9);
+        let smooth = smoothed(&line);
+        for ((x, y), (smooth_x, smooth_y)) in line.iter().zip(&smooth).skip(2).take(196) {
+            assert!(x == smooth_x && (y - smooth_y).abs() < 1e-9);
         }
+        assert_eq!(smooth[199].1, (197..200).map(|x| line[x].1).sum::<f64>() / 3.0);
+        assert_eq!(smoothed(&line[..39]), line[..39]);
         assert!(smoothed(&[]).is_empty());
     }
 
@@ -358,6 +369,7 @@ mod tests {
         let chart = Chart {
             title: "<\"&".into(),
             x_label: "<x>".into(),
+            x_range: None,
             drawing: Drawing::Lines,
             series: vec![series("<script>"), series("b")],
             y_range: None,
@@ -375,10 +387,12 @@ mod tests {
             let points: Vec<_> = values.iter().enumerate().map(|(x, y)| (x as f64, *y)).collect();
             let series = vec![Series { name: "a".into(), points: points.clone() }, Series { name: "b".into(), points }];
             let drawing = if stack { Drawing::Stack } else { Drawing::Lines };
-            let chart = Chart { title: String::new(), x_label: String::new(), drawing, series, y_range: None };
+            let chart = Chart { title: String::new(), x_label: String::new(), x_range: None, drawing, series, y_range: None };
             let plot = Plot::of(&chart, TOP);
             prop_assert!(plot.y.ticks.len() <= 16 && plot.y.step > 0.0);
             prop_assert!(plot.y.high > plot.y.low);
+            let svg = chart.to_svg();
+            prop_assert!(!svg.contains("NaN") && !svg.contains("inf"), "{}", svg);
         }
 
         #[test]
