@@ -60,7 +60,8 @@ pub(super) fn strings(column: &dyn Array) -> Result<StringArray, String> {
     let strings = array.as_string_opt::<i32>().ok_or("not a string column")?.clone();
     let bytes = strings.values().as_slice();
     for range in strings.value_offsets().windows(2) {
-        let value = bytes.get(range[0] as usize..range[1] as usize).ok_or("a string lies outside its page")?;
+        let value =
+            bytes.get(range[0] as usize..range[1] as usize).ok_or("a string lies outside its page")?;
         std::str::from_utf8(value).map_err(|error| error.to_string())?;
     }
     Ok(strings)
@@ -89,7 +90,12 @@ pub(super) struct Columns {
 impl Columns {
     /// Finds the columns in a file's schema. A `positions` column of another shape is ordinary data
     /// that happens to have that name, and is left alone.
-    pub(super) fn find(schema: &Schema, file: &Path, text: &str, id: Option<&str>) -> Result<Self, CorpusError> {
+    pub(super) fn find(
+        schema: &Schema,
+        file: &Path,
+        text: &str,
+        id: Option<&str>,
+    ) -> Result<Self, CorpusError> {
         let mut roots = vec![find(schema, file, text, is_text, "text (a UTF-8 string)")?];
         if let Some(id) = id {
             roots.push(find(schema, file, id, is_name, "names (strings or integers)")?);
@@ -135,8 +141,10 @@ impl Rows {
     /// The marks of a row that point into its text; the others are counted.
     pub(super) fn marks(&self, row: usize, text: &str, counts: &mut CorpusCounts) -> Vec<Mark> {
         let Some(marks) = &self.marks else { return Vec::new() };
-        let (good, bad): (Vec<_>, Vec<_>) =
-            marks.of(row - self.start).map(|mark| mark.filter(|mark| fits(text, mark.offset))).partition(Option::is_some);
+        let (good, bad): (Vec<_>, Vec<_>) = marks
+            .of(row - self.start)
+            .map(|mark| mark.filter(|mark| fits(text, mark.offset)))
+            .partition(Option::is_some);
         bad.iter().for_each(|_| counts.drop_one(BAD_MARK));
         good.into_iter().flatten().collect()
     }

@@ -240,7 +240,11 @@ impl Documents {
         self.counts.quarantine(Quarantined { file, row_group, rows_read: self.cursor.row as u64, reason });
         self.cursor.quarantined += 1;
         self.batches = None;
-        if row_group.is_some() { self.cursor.next_row_group() } else { self.cursor.next_file() }
+        if row_group.is_some() {
+            self.cursor.next_row_group()
+        } else {
+            self.cursor.next_file()
+        }
         let (total, limit) = (self.cursor.quarantined, self.corpus.config.max_quarantined);
         if total <= limit {
             return Ok(());

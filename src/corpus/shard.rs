@@ -51,7 +51,12 @@ impl Shard {
     }
 
     /// Reads a row group from `offset` rows on, only the given top-level columns.
-    pub(super) fn batches(&self, row_group: usize, roots: &[usize], offset: usize) -> Result<Batches, String> {
+    pub(super) fn batches(
+        &self,
+        row_group: usize,
+        roots: &[usize],
+        offset: usize,
+    ) -> Result<Batches, String> {
         let group = self.metadata.metadata().row_group(row_group);
         let rows = usize::try_from(group.num_rows())
             .map_err(|_| format!("the footer claims {} rows", group.num_rows()))?;
@@ -101,7 +106,11 @@ impl Batches {
         let reader = &mut self.reader;
         let Some(batch) = guarded(|| reader.next().transpose())? else {
             let complete = self.read == self.rows;
-            return if complete { Ok(None) } else { Err(format!("{} of {} rows are there", self.read, self.rows)) };
+            return if complete {
+                Ok(None)
+            } else {
+                Err(format!("{} of {} rows are there", self.read, self.rows))
+            };
         };
         let start = self.read;
         self.read += batch.num_rows();

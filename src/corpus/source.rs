@@ -98,10 +98,8 @@ fn directory(root: &Path) -> Result<Vec<PathBuf>, CorpusError> {
 fn sibling(path: &Path) -> Option<PathBuf> {
     let parent = path.parent()?;
     let listed = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-    let mut names: Vec<String> = fs::read_dir(listed)
-        .ok()?
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .collect();
+    let mut names: Vec<String> =
+        fs::read_dir(listed).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
     names.sort();
     let wanted = path.file_name()?.to_string_lossy();
     nearest(&wanted, names.iter().map(String::as_str)).map(|name| parent.join(name))

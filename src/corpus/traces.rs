@@ -88,7 +88,10 @@ impl Rows {
         let offset = self.offset.is_valid(index).then(|| self.offset.value(index)).ok_or("offset is null")?;
         let offset = u64::try_from(offset).map_err(|_| format!("offset {offset} is negative"))?;
         if !fits(&text, offset) {
-            return Err(format!("offset {offset} is not the start of a character of its {} bytes of text", text.len()));
+            return Err(format!(
+                "offset {offset} is not the start of a character of its {} bytes of text",
+                text.len()
+            ));
         }
         if prediction.is_empty() {
             return Err("prediction is empty".into());

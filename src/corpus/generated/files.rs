@@ -38,7 +38,8 @@ impl<Row> Table<Row> {
             .set_compression(Compression::ZSTD(ZstdLevel::default()))
             .set_max_row_group_row_count(Some(ROWS_PER_GROUP))
             .build();
-        let writer = ArrowWriter::try_new(file, schema.clone(), Some(properties)).map_err(write_error(path))?;
+        let writer =
+            ArrowWriter::try_new(file, schema.clone(), Some(properties)).map_err(write_error(path))?;
         Ok(Self { path: path.to_path_buf(), temporary, schema, writer, waiting: Vec::new(), encode })
     }
 
@@ -99,7 +100,10 @@ fn mark_fields() -> Fields {
 
 fn encode_marks<'a>(rows: impl Iterator<Item = &'a [Mark]>) -> ArrayRef {
     let element = Field::new("item", DataType::Struct(mark_fields()), false);
-    let parts = StructBuilder::new(mark_fields(), vec![Box::new(Int64Builder::new()), Box::new(StringBuilder::new())]);
+    let parts = StructBuilder::new(
+        mark_fields(),
+        vec![Box::new(Int64Builder::new()), Box::new(StringBuilder::new())],
+    );
     let mut list = ListBuilder::new(parts).with_field(element);
     for marks in rows {
         for mark in marks {

@@ -105,7 +105,8 @@ fn write_training(teller: &Storyteller, generated: &mut Generated) -> Result<Rep
     let mut reports = Vec::new();
     for index in 0..teller.recipe().stories.documents {
         let story = teller.training(index)?;
-        let document = Document { id: format!("{}-{index}", story.kind.name()), text: story.text, marks: Vec::new() };
+        let document =
+            Document { id: format!("{}-{index}", story.kind.name()), text: story.text, marks: Vec::new() };
         generated.counts.train += 1;
         generated.counts.train_bytes += document.text.len() as u64;
         if let (Kind::Report, Some(question)) = (story.kind, story.question) {
@@ -125,7 +126,10 @@ fn write_held_out(teller: &Storyteller, path: &Path) -> Result<u64, CorpusError>
     let documents = teller.recipe().held_out.documents;
     for index in 0..documents {
         let story = teller.held_out(index)?;
-        let mark = |question: Question| Mark { offset: question.offset as u64, label: question.length().to_string() };
+        let mark = |question: Question| Mark {
+            offset: question.offset as u64,
+            label: question.length().to_string(),
+        };
         let marks = story.question.map(mark).into_iter().collect();
         table.push(Document { id: format!("held-out-{index}"), text: story.text, marks })?;
     }

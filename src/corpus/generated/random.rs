@@ -22,7 +22,9 @@ pub(super) struct Random {
 impl Random {
     /// The stream for item `index` of a purpose.
     pub(super) fn new(seed: u64, purpose: Purpose, index: u64) -> Self {
-        let key = [purpose as u64, index].into_iter().fold(mix(seed), |key, part| mix(key ^ mix(part.wrapping_add(GOLDEN))));
+        let key = [purpose as u64, index]
+            .into_iter()
+            .fold(mix(seed), |key, part| mix(key ^ mix(part.wrapping_add(GOLDEN))));
         Self { state: key }
     }
 
@@ -92,7 +94,8 @@ mod tests {
     #[test]
     fn gives_the_published_sequence() {
         let mut random = Random { state: 1_234_567 };
-        let expected: [u64; 3] = [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423];
+        let expected: [u64; 3] =
+            [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423];
         assert_eq!(expected.map(|_| random.next()), expected);
     }
 

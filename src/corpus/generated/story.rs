@@ -120,7 +120,8 @@ impl<'a> Storyteller<'a> {
 
     /// Small stories grow over the first share of the corpus; full-sized ones follow.
     fn shape(&self, index: u64, random: &mut Random) -> Shape {
-        let Stories { documents, growing_share, min_pairs, start_pairs, max_pairs, chains, .. } = self.recipe.stories;
+        let Stories { documents, growing_share, min_pairs, start_pairs, max_pairs, chains, .. } =
+            self.recipe.stories;
         let grown = index as f64 / (documents as f64 * growing_share);
         // Not a number when nothing grows, and then the story is full-sized too.
         if grown.is_nan() || grown >= 1.0 {
@@ -136,7 +137,8 @@ impl<'a> Storyteller<'a> {
     fn lengths(&self, random: &mut Random, shape: &Shape, asked: Option<usize>) -> Vec<usize> {
         let first = asked.unwrap_or(1);
         // A longer chain would leave less than one pair for each of the others.
-        let longest = self.recipe.stories.longest_chain.min((shape.pairs + 1).saturating_sub(shape.chains)).max(1);
+        let longest =
+            self.recipe.stories.longest_chain.min((shape.pairs + 1).saturating_sub(shape.chains)).max(1);
         let longest_other = longest.min((shape.pairs + 2).saturating_sub(first + shape.chains)).max(1);
         loop {
             let head = asked.unwrap_or_else(|| random.between(1, longest));
@@ -149,12 +151,18 @@ impl<'a> Storyteller<'a> {
     }
 
     /// Chains of the given lengths over random words, the first of them on a wanted side of the split.
-    fn chains(&self, random: &mut Random, lengths: &[usize], wanted: impl Fn(bool) -> bool) -> Result<Chains<'a>, CorpusError> {
+    fn chains(
+        &self,
+        random: &mut Random,
+        lengths: &[usize],
+        wanted: impl Fn(bool) -> bool,
+    ) -> Result<Chains<'a>, CorpusError> {
         let Words { towns, sights, .. } = &self.recipe.words;
         for _ in 0..ATTEMPTS {
             let mut stops = random.sample(&borrowed(towns), lengths.iter().sum()).into_iter();
             let ends = random.sample(&borrowed(sights), lengths.len());
-            let chain = |(length, end): (&usize, &'a str)| stops.by_ref().take(*length).chain([end]).collect();
+            let chain =
+                |(length, end): (&usize, &'a str)| stops.by_ref().take(*length).chain([end]).collect();
             let chains: Chains = lengths.iter().zip(ends).map(chain).collect();
             if wanted(self.is_held_out(&chains[0])) {
                 return Ok(chains);
@@ -171,8 +179,11 @@ impl<'a> Storyteller<'a> {
     }
 
     fn tell(&self, random: &mut Random, kind: Kind, chains: &Chains) -> Story {
-        let mut pairs: Vec<String> =
-            chains.iter().flat_map(|chain| chain.windows(2)).map(|pair| format!(" {}", pair.join(" "))).collect();
+        let mut pairs: Vec<String> = chains
+            .iter()
+            .flat_map(|chain| chain.windows(2))
+            .map(|pair| format!(" {}", pair.join(" ")))
+            .collect();
         random.shuffle(&mut pairs);
         let mut text = format!("{}{}.", random.pick(&self.recipe.words.openings), pairs.join(","));
         if kind != Kind::Report {
@@ -194,7 +205,8 @@ impl<'a> Storyteller<'a> {
             let chain = random.pick(chains);
             let last = chain.len() - 1;
             let start = random.between(last.saturating_sub(longest_told_ride), last - 1);
-            *text += &format!(" {} rides {}.", random.pick(&self.recipe.words.people), chain[start..].join(" "));
+            *text +=
+                &format!(" {} rides {}.", random.pick(&self.recipe.words.people), chain[start..].join(" "));
         }
     }
 

@@ -21,8 +21,12 @@ impl<'a> Worked<'a> {
     pub(super) fn examples(&self, lengths: &[usize], error_rate: f64) -> Result<Vec<Trace>, CorpusError> {
         let traces = &self.teller.recipe().traces;
         let random = &mut self.teller.random(Purpose::TraceChoice, 0);
-        let fitting: Vec<u64> =
-            self.reports.iter().filter(|(_, length)| lengths.contains(length)).map(|(index, _)| *index).collect();
+        let fitting: Vec<u64> = self
+            .reports
+            .iter()
+            .filter(|(_, length)| lengths.contains(length))
+            .map(|(index, _)| *index)
+            .collect();
         if fitting.len() < traces.count {
             return Err(self.too_few(fitting.len(), lengths));
         }
