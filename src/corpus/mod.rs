@@ -1,24 +1,27 @@
 //! Unlabeled text from parquet files, streamed with bounded memory.
+//!
+//! [`Corpus::open`] resolves a source (a file, a directory, a glob) to a stable list of parquet
+//! files and checks the columns. [`Corpus::documents`] streams them, one record batch at a time;
+//! its [`Cursor`] restarts the stream exactly after any document. Damaged files and row groups are
+//! quarantined and counted, never fatal until there are too many. [`read_traces`] reads worked
+//! examples, and [`generated`] makes the quickstart corpus.
+//!
+//! Page checksums are not verified, so damage that still decodes to valid UTF-8 cannot be noticed.
 
-/// What went wrong.
-#[derive(Debug, thiserror::Error)]
-pub enum CorpusError {
-    /// A file could not be read or written.
-    #[error("{path}: {source}")]
-    Io {
-        /// The file.
-        path: std::path::PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-}
+mod columns;
+mod counts;
+mod error;
+pub mod generated;
+mod reader;
+mod shard;
+mod source;
+mod traces;
 
-impl CorpusError {
-    /// Advice for the user, if there is any.
-    pub fn hint(&self) -> Option<String> {
-        None
-    }
-}
+pub use counts::{CorpusCounts, Quarantined};
+pub use error::CorpusError;
+pub use generated::generated_recipe;
+pub use reader::{Corpus, Cursor, Documents};
+pub use traces::read_traces;
 
 /// One document of a corpus.
 #[derive(Clone, Debug, PartialEq, Eq)]

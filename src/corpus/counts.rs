@@ -1,0 +1,85 @@
+//! What a pass over a corpus read, dropped and quarantined.
+
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+
+/// Quarantined places that are kept in full; beyond that they are only counted.
+const LISTED: usize = 16;
+
+/// Rows dropped because their text is null.
+pub(super) const NULL_TEXT: &str = "null_text";
+/// Rows dropped because their text has fewer bytes than `min_bytes`.
+pub(super) const TOO_SHORT: &str = "too_short";
+/// Marks dropped because they are null or do not point into their text at a character boundary.
+pub(super) const BAD_MARK: &str = "mark_outside_text";
+
+/// A file or row group that could not be read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Quarantined {
+    /// The file.
+    pub file: PathBuf,
+    /// The row group, or nothing when the whole file is unreadable.
+    pub row_group: Option<usize>,
+    /// Rows of the row group that had been read before the damage was met. Their documents stay delivered.
+    pub rows_read: u64,
+    /// What the decoder said.
+    pub reason: String,
+}
+
+impl fmt::Display for Quarantined {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if let Some(row_group) = self.row_group {
+            write!(f, " row group {row_group} after {} rows", self.rows_read)?;
+        }
+        write!(f, ": {}", self.reason)
+    }
+}
+
+/// Counters of one pass, from its cursor on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CorpusCounts {
+    /// Files opened.
+    pub files: u64,
+    /// Row groups read to their end.
+    pub row_groups: u64,
+    /// Documents delivered.
+    pub documents: u64,
+    /// Bytes of their text.
+    pub bytes: u64,
+    /// Rows and marks that were left out, by reason.
+    pub dropped: BTreeMap<&'static str, u64>,
+    /// The first few quarantined places.
+    pub quarantined: Vec<Quarantined>,
+    /// Number of quarantined places.
+    pub quarantined_total: u64,
+}
+
+impl CorpusCounts {
+    pub(super) fn drop_one(&mut self, reason: &'static str) {
+        *self.dropped.entry(reason).or_default() += 1;
+    }
+
+    pub(super) fn quarantine(&mut self, place: Quarantined) {
+        self.quarantined_total += 1;
+        if self.quarantined.len() < LISTED {
+            self.quarantined.push(place);
+        }
+    }
+
+    /// What was left out, in words.
+    pub(super) fn losses(&self) -> String {
+        let dropped = self.dropped.iter().map(|(reason, count)| format!("{reason}: {count}"));
+        let quarantined = self.quarantined.first().map(|first| format!("quarantined: {first}"));
+        let losses: Vec<_> = dropped.chain(quarantined).collect();
+        if losses.is_empty() { "there are no rows".into() } else { losses.join(", ") }
+    }
+
+    /// The first quarantined places, in words.
+    pub(super) fn first_quarantined(&self) -> String {
+        let first: Vec<_> = self.quarantined.iter().take(3).map(ToString::to_string).collect();
+        first.join("; ")
+    }
+}

@@ -1,0 +1,173 @@
+//! What can go wrong with a corpus, and what to do about it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What went wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum CorpusError {
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The source does not exist.
+    #[error("corpus source {place} does not exist")]
+    Missing {
+        /// The source as it was given.
+        place: String,
+        /// An existing path with nearly the same name.
+        nearest: Option<PathBuf>,
+    },
+    /// The source is on a store that cannot be read directly.
+    #[error("corpus source {place} is not a local path")]
+    Remote {
+        /// The source as it was given.
+        place: String,
+    },
+    /// The source looks like a glob but is not a valid one.
+    #[error("corpus source {place} is not a valid glob: {message}")]
+    Pattern {
+        /// The source as it was given.
+        place: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// The source exists but there is no parquet file in it.
+    #[error("corpus source {place} holds no parquet file")]
+    NoFiles {
+        /// The source as it was given.
+        place: String,
+    },
+    /// Every file was read and not one document came out.
+    #[error("corpus source {place} holds no documents ({dropped})")]
+    Empty {
+        /// The source as it was given.
+        place: String,
+        /// What was dropped, by name.
+        dropped: String,
+    },
+    /// A parquet file cannot be opened or decoded.
+    #[error("{file} is not a readable parquet file: {reason}")]
+    Unreadable {
+        /// The file.
+        file: PathBuf,
+        /// What the decoder said.
+        reason: String,
+    },
+    /// A named column is missing.
+    #[error("{file} has no column `{column}`; its columns are {}", columns.join(", "))]
+    NoColumn {
+        /// The file.
+        file: PathBuf,
+        /// The column asked for.
+        column: String,
+        /// The columns there are.
+        columns: Vec<String>,
+    },
+    /// A named column holds something else.
+    #[error("{file}: column `{column}` holds {found}, not {expected}")]
+    WrongType {
+        /// The file.
+        file: PathBuf,
+        /// The column.
+        column: String,
+        /// Its type.
+        found: String,
+        /// What it should hold.
+        expected: &'static str,
+    },
+    /// More files and row groups are damaged than the pipeline allows.
+    #[error("{total} damaged files or row groups are more than max_quarantined = {limit} allows: {first}")]
+    TooManyQuarantined {
+        /// Number of quarantined places.
+        total: u64,
+        /// The limit.
+        limit: u64,
+        /// The first few of them.
+        first: String,
+    },
+    /// A worked example does not fit its own text.
+    #[error("{file}: trace {row}: {message}")]
+    BadTrace {
+        /// The file.
+        file: PathBuf,
+        /// Row of the file, from 0.
+        row: u64,
+        /// What is wrong.
+        message: String,
+    },
+    /// The recipe of a generated corpus was refused.
+    #[error("{path}: {message}")]
+    Recipe {
+        /// The recipe file.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// A parquet file could not be written.
+    #[error("cannot write {path}: {message}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the encoder said.
+        message: String,
+    },
+}
+
+impl CorpusError {
+    /// Advice for the user, if there is any.
+    pub fn hint(&self) -> Option<String> {
+        let advice = match self {
+            Self::Io { .. } | Self::Write { .. } => {
+                "check that the path exists, its permissions and the free space".into()
+            }
+            Self::Missing { nearest: Some(path), .. } => format!("did you mean {}?", path.display()),
+            Self::Missing { .. } => "give a parquet file, a directory of them, or a glob in quotes".into(),
+            Self::Remote { .. } => "copy the files to a local or mounted directory and name that".into(),
+            Self::Pattern { .. } => "a glob looks like data/**/*.parquet".into(),
+            Self::NoFiles { .. } => {
+                "directories are searched recursively for names that end in .parquet and do not start with a dot"
+                    .into()
+            }
+            Self::Empty { .. } => "check corpus.text_column and corpus.min_bytes".into(),
+            Self::Unreadable { .. } => "the file may be cut off or not parquet: write or copy it again".into(),
+            Self::NoColumn { column, columns, .. } => column_hint(column, columns),
+            Self::WrongType { .. } => "name another column, or write this one with the expected type".into(),
+            Self::TooManyQuarantined { .. } => {
+                "repair or remove the damaged files, or raise corpus.max_quarantined".into()
+            }
+            Self::BadTrace { .. } => {
+                "offset counts the UTF-8 bytes of text before the prediction; only label may be null".into()
+            }
+            Self::Recipe { .. } => "corpora/quickstart/README.md explains every key".into(),
+        };
+        Some(advice)
+    }
+
+    /// An input/output error at a path.
+    pub(super) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
+        move |source| Self::Io { path: path.to_path_buf(), source }
+    }
+}
+
+fn column_hint(column: &str, columns: &[String]) -> String {
+    nearest(column, columns.iter().map(String::as_str)).map_or_else(
+        || "name the column that holds the text, for example text_column = \"content\"".into(),
+        |name| format!("did you mean `{name}`?"),
+    )
+}
+
+/// The candidate most like `name`, if any is alike at all.
+pub(super) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    const ALIKE: f64 = 0.7;
+    let lower = name.to_lowercase();
+    candidates
+        .map(|candidate| (strsim::jaro_winkler(&lower, &candidate.to_lowercase()), candidate))
+        .filter(|(likeness, _)| *likeness > ALIKE)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate)
+}

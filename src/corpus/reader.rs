@@ -1,0 +1,278 @@
+//! The corpus and its stream of documents.
+
+use super::Document;
+use super::columns::{Columns, Rows};
+use super::counts::{CorpusCounts, NULL_TEXT, Quarantined, TOO_SHORT};
+use super::error::CorpusError;
+use super::shard::{BATCH_ROWS, Batches, Shard};
+use super::source::{SourceFile, resolve};
+use crate::config::CorpusConfig;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::Path;
+use std::sync::Arc;
+
+/// A corpus: parquet files in a fixed order, with their columns checked. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Corpus {
+    config: Arc<CorpusConfig>,
+    files: Arc<[SourceFile]>,
+}
+
+impl Corpus {
+    /// Resolves `config.source` and checks the columns of the first file with a readable footer.
+    ///
+    /// # Errors
+    /// The source does not exist, is not local or holds no parquet file; no file is readable; the
+    /// text or id column is missing or of another type.
+    pub fn open(config: &CorpusConfig) -> Result<Self, CorpusError> {
+        let corpus = Self { config: Arc::new(config.clone()), files: resolve(&config.source)?.into() };
+        let mut unreadable = None;
+        for file in corpus.files.iter() {
+            match Shard::open(&file.path) {
+                Ok(shard) => return corpus.columns(&shard, &file.path).map(|_| corpus),
+                Err(reason) => {
+                    unreadable.get_or_insert(CorpusError::Unreadable { file: file.path.clone(), reason });
+                }
+            }
+        }
+        Err(unreadable.unwrap_or_else(|| CorpusError::NoFiles { place: config.source.clone() }))
+    }
+
+    /// The files, in reading order.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
+    }
+
+    /// Digest of the files' names, lengths and footers: a cursor belongs to a corpus with the same one.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn fingerprint(&self) -> Result<String, CorpusError> {
+        let mut hasher = blake3::Hasher::new();
+        for file in self.files.iter() {
+            let (length, end) = ending(&file.path).map_err(CorpusError::io(&file.path))?;
+            hasher.update(file.name.as_bytes()).update(&[0]).update(&length.to_le_bytes()).update(&end);
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
+    /// A stream of all documents.
+    pub fn documents(&self) -> Documents {
+        self.documents_from(Cursor::default())
+    }
+
+    /// A stream of the documents after a cursor: exactly those that the stream that gave the cursor
+    /// would have gone on with.
+    pub fn documents_from(&self, cursor: Cursor) -> Documents {
+        Documents {
+            corpus: self.clone(),
+            cursor,
+            shard: None,
+            batches: None,
+            rows: None,
+            first_row: 0,
+            counts: CorpusCounts::default(),
+            finished: false,
+        }
+    }
+
+    fn columns(&self, shard: &Shard, path: &Path) -> Result<Columns, CorpusError> {
+        Columns::find(shard.schema(), path, &self.config.text_column, self.config.id_column.as_deref())
+    }
+}
+
+/// Length of a file and its last bytes, where parquet keeps sizes, offsets and statistics.
+fn ending(path: &Path) -> io::Result<(u64, Vec<u8>)> {
+    const BYTES: u64 = 64 * 1024;
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(BYTES)))?;
+    let mut end = Vec::new();
+    file.take(BYTES).read_to_end(&mut end)?;
+    Ok((length, end))
+}
+
+/// A place between two documents, from which reading can go on. Start with the default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cursor {
+    /// Number of the file, in reading order.
+    pub file: usize,
+    /// Row group of that file.
+    pub row_group: usize,
+    /// Row of that row group to read next.
+    pub row: usize,
+    /// Documents delivered so far: `max_documents` counts across restarts.
+    pub documents: u64,
+    /// Files and row groups quarantined so far: `max_quarantined` counts across restarts.
+    pub quarantined: u64,
+}
+
+impl Cursor {
+    fn next_file(&mut self) {
+        *self = Self { file: self.file + 1, row_group: 0, row: 0, ..*self };
+    }
+
+    fn next_row_group(&mut self) {
+        *self = Self { row_group: self.row_group + 1, row: 0, ..*self };
+    }
+}
+
+/// The stream of documents. Memory: the footer of one file and one record batch of 256 rows.
+///
+/// Ends after the first error. An unreadable file or row group is quarantined and passed over; what
+/// it had delivered before the damage was met stays delivered ([`Quarantined::rows_read`]).
+pub struct Documents {
+    corpus: Corpus,
+    cursor: Cursor,
+    shard: Option<(Shard, Columns)>,
+    batches: Option<Batches>,
+    rows: Option<Rows>,
+    /// Row of the file at which the current row group starts.
+    first_row: u64,
+    counts: CorpusCounts,
+    finished: bool,
+}
+
+/// Where reading stopped short: in a row group, or in the file as a whole.
+enum Damage {
+    File(String),
+    RowGroup(String),
+}
+
+impl Documents {
+    /// The place after the last delivered document (the start before the first).
+    pub fn cursor(&self) -> Cursor {
+        self.cursor
+    }
+
+    /// What has been read, dropped and quarantined by this stream so far.
+    pub fn counts(&self) -> &CorpusCounts {
+        &self.counts
+    }
+
+    fn advance(&mut self) -> Result<Option<Document>, CorpusError> {
+        let limit = self.corpus.config.max_documents.unwrap_or(u64::MAX);
+        while self.cursor.documents < limit && self.cursor.file < self.corpus.files.len() {
+            if let Some(document) = self.next_in_batch() {
+                return Ok(Some(document));
+            }
+            if let Err(damage) = self.load() {
+                self.quarantine(damage)?;
+            }
+        }
+        Ok(None)
+    }
+
+    /// The next document of the current batch.
+    fn next_in_batch(&mut self) -> Option<Document> {
+        let rows = self.rows.as_ref()?;
+        while self.cursor.row < rows.end() {
+            let row = self.cursor.row;
+            self.cursor.row += 1;
+            match rows.text(row) {
+                None => self.counts.drop_one(NULL_TEXT),
+                Some(text) if text.len() < self.corpus.config.min_bytes => self.counts.drop_one(TOO_SHORT),
+                Some(text) => {
+                    let id = rows.id(row).map_or_else(|| self.default_id(row), str::to_owned);
+                    let marks = rows.marks(row, text, &mut self.counts);
+                    self.counts.documents += 1;
+                    self.counts.bytes += text.len() as u64;
+                    self.cursor.documents += 1;
+                    return Some(Document { id, text: text.to_owned(), marks });
+                }
+            }
+        }
+        None
+    }
+
+    /// `file:row`, the row counted from 0 over the whole file.
+    fn default_id(&self, row: usize) -> String {
+        let name = &self.corpus.files[self.cursor.file].name;
+        format!("{name}:{}", self.first_row.saturating_add(row as u64))
+    }
+
+    /// Takes one step towards the next batch: opens a file or a row group, reads, or moves on.
+    fn load(&mut self) -> Result<(), Damage> {
+        self.rows = None;
+        let Some((shard, columns)) = &self.shard else { return self.open_file().map_err(Damage::File) };
+        if self.cursor.row_group >= shard.row_groups() {
+            self.shard = None;
+            self.cursor.next_file();
+            return Ok(());
+        }
+        let Some(batches) = &mut self.batches else {
+            // Batches start at the same rows after a restart, so that damage in a batch costs the same rows.
+            let offset = self.cursor.row - self.cursor.row % BATCH_ROWS;
+            let opened = shard.batches(self.cursor.row_group, &columns.roots, offset);
+            self.batches = Some(opened.map_err(Damage::RowGroup)?);
+            self.first_row = shard.first_row(self.cursor.row_group);
+            return Ok(());
+        };
+        if let Some((start, batch)) = batches.advance().map_err(Damage::RowGroup)? {
+            self.rows = Some(columns.rows(start, &batch).map_err(Damage::RowGroup)?);
+        } else {
+            self.counts.row_groups += 1;
+            self.batches = None;
+            self.cursor.next_row_group();
+        }
+        Ok(())
+    }
+
+    fn open_file(&mut self) -> Result<(), String> {
+        let path = &self.corpus.files[self.cursor.file].path;
+        let shard = Shard::open(path)?;
+        let columns = self.corpus.columns(&shard, path).map_err(|error| error.to_string())?;
+        self.shard = Some((shard, columns));
+        self.counts.files += 1;
+        Ok(())
+    }
+
+    /// Records the damage and passes over the damaged place, unless there has been too much of it.
+    fn quarantine(&mut self, damage: Damage) -> Result<(), CorpusError> {
+        let file = self.corpus.files[self.cursor.file].path.clone();
+        let (row_group, reason) = match damage {
+            Damage::File(reason) => (None, reason),
+            Damage::RowGroup(reason) => (Some(self.cursor.row_group), reason),
+        };
+        self.counts.quarantine(Quarantined { file, row_group, rows_read: self.cursor.row as u64, reason });
+        self.cursor.quarantined += 1;
+        self.batches = None;
+        if row_group.is_some() {
+            self.cursor.next_row_group()
+        } else {
+            self.cursor.next_file()
+        }
+        let (total, limit) = (self.cursor.quarantined, self.corpus.config.max_quarantined);
+        if total <= limit {
+            return Ok(());
+        }
+        Err(CorpusError::TooManyQuarantined { total, limit, first: self.counts.first_quarantined() })
+    }
+
+    /// A stream that ends without a document ever delivered is a mistake, not a small corpus.
+    fn check_not_empty(&self) -> Result<(), CorpusError> {
+        if self.cursor.documents > 0 || self.corpus.config.max_documents == Some(0) {
+            return Ok(());
+        }
+        let place = self.corpus.config.source.clone();
+        Err(CorpusError::Empty { place, dropped: self.counts.losses() })
+    }
+}
+
+impl Iterator for Documents {
+    type Item = Result<Document, CorpusError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.finished {
+            return None;
+        }
+        let item = self.advance().transpose();
+        if item.as_ref().is_none_or(Result::is_err) {
+            self.finished = true;
+        }
+        item.or_else(|| self.check_not_empty().err().map(Err))
+    }
+}

@@ -1,0 +1,106 @@
+//! From the `source` of a pipeline file to a stable list of parquet files.
+
+use super::error::{CorpusError, nearest};
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// One file of a corpus.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct SourceFile {
+    /// Where it is.
+    pub(super) path: PathBuf,
+    /// Its name below the source, with `/` between directories: the same wherever the corpus lies.
+    pub(super) name: String,
+}
+
+/// The files of a source, ordered by path.
+///
+/// An existing file or directory is taken as such; anything else with `*`, `?` or `[` is a glob.
+pub(super) fn resolve(source: &str) -> Result<Vec<SourceFile>, CorpusError> {
+    let path = Path::new(source);
+    let (base, mut paths) = if path.is_file() {
+        (path.parent().unwrap_or(Path::new("")).to_path_buf(), vec![path.to_path_buf()])
+    } else if path.is_dir() {
+        (path.to_path_buf(), directory(path)?)
+    } else if source.contains("://") {
+        return Err(CorpusError::Remote { place: source.into() });
+    } else if is_pattern(source) {
+        (literal_prefix(path), matches(source)?)
+    } else {
+        return Err(CorpusError::Missing { place: source.into(), nearest: sibling(path) });
+    };
+    paths.sort();
+    if paths.is_empty() {
+        return Err(CorpusError::NoFiles { place: source.into() });
+    }
+    Ok(paths.into_iter().map(|path| SourceFile { name: name_below(&base, &path), path }).collect())
+}
+
+fn is_pattern(text: &str) -> bool {
+    text.contains(['*', '?', '['])
+}
+
+/// The directories of a glob before its first wildcard.
+fn literal_prefix(pattern: &Path) -> PathBuf {
+    pattern.components().take_while(|part| !is_pattern(&part.as_os_str().to_string_lossy())).collect()
+}
+
+fn name_below(base: &Path, path: &Path) -> String {
+    let below = path.strip_prefix(base).unwrap_or(path);
+    let parts: Vec<_> = below.components().map(|part| part.as_os_str().to_string_lossy()).collect();
+    parts.join("/")
+}
+
+fn matches(pattern: &str) -> Result<Vec<PathBuf>, CorpusError> {
+    let found = glob::glob(pattern)
+        .map_err(|error| CorpusError::Pattern { place: pattern.into(), message: error.msg.into() })?;
+    let mut files = Vec::new();
+    for entry in found {
+        let path = entry.map_err(|error| {
+            let path = error.path().to_path_buf();
+            CorpusError::Io { path, source: error.into() }
+        })?;
+        if path.is_file() {
+            files.push(path);
+        }
+    }
+    Ok(files)
+}
+
+/// Every `*.parquet` below a directory, following links but visiting no directory twice.
+fn directory(root: &Path) -> Result<Vec<PathBuf>, CorpusError> {
+    let mut files = Vec::new();
+    let mut visited = BTreeSet::new();
+    let mut waiting = vec![root.to_path_buf()];
+    while let Some(directory) = waiting.pop() {
+        if !visited.insert(fs::canonicalize(&directory).map_err(CorpusError::io(&directory))?) {
+            continue;
+        }
+        for entry in fs::read_dir(&directory).map_err(CorpusError::io(&directory))? {
+            let path = entry.map_err(CorpusError::io(&directory))?.path();
+            let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+            if hidden {
+                continue;
+            } else if path.is_dir() {
+                waiting.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "parquet") {
+                files.push(path);
+            }
+        }
+        // A directory that two links reach must be entered by the same one every time.
+        waiting.sort_by(|a, b| b.cmp(a));
+    }
+    Ok(files)
+}
+
+/// The entry of the same directory whose name is most like the missing one.
+fn sibling(path: &Path) -> Option<PathBuf> {
+    let parent = path.parent()?;
+    let listed = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    let mut names: Vec<String> =
+        fs::read_dir(listed).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    names.sort();
+    let wanted = path.file_name()?.to_string_lossy();
+    nearest(&wanted, names.iter().map(String::as_str)).map(|name| parent.join(name))
+}

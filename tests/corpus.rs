@@ -1,0 +1,682 @@
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+//! Reading parquet corpora: every writer's variants, damage of every kind, exact restarts.
+
+use arrow::array::{
+    Array, ArrayRef, BinaryArray, DictionaryArray, Int32Array, Int64Array, LargeStringArray, ListArray,
+    RecordBatch, StringArray, StringViewArray, StructArray, UInt64Array,
+};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::{DataType, Field, Fields, Int32Type};
+use parquet::arrow::ArrowWriter;
+use parquet::basic::{BrotliLevel, Compression, Encoding, GzipLevel, ZstdLevel};
+use parquet::file::properties::{WriterProperties, WriterVersion};
+use parquet::schema::types::ColumnPath;
+use proptest::prelude::*;
+use rpt::config::CorpusConfig;
+use rpt::corpus::{Corpus, CorpusCounts, CorpusError, Cursor, Document, read_traces};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tempfile::TempDir;
+
+fn config(source: impl AsRef<Path>) -> CorpusConfig {
+    CorpusConfig {
+        source: source.as_ref().to_str().unwrap().into(),
+        text_column: "text".into(),
+        id_column: None,
+        max_quarantined: 16,
+        min_bytes: 1,
+        max_documents: None,
+    }
+}
+
+fn write(path: &Path, columns: Vec<(&str, ArrayRef)>, properties: WriterProperties) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let batch = RecordBatch::try_from_iter(columns).unwrap();
+    let mut writer =
+        ArrowWriter::try_new(fs::File::create(path).unwrap(), batch.schema(), Some(properties)).unwrap();
+    writer.write(&batch).unwrap();
+    writer.close().unwrap();
+}
+
+fn plain() -> WriterProperties {
+    WriterProperties::builder().build()
+}
+
+fn row_groups(rows: usize) -> WriterProperties {
+    WriterProperties::builder().set_max_row_group_row_count(Some(rows)).build()
+}
+
+fn strings<S: AsRef<str>>(texts: &[S]) -> ArrayRef {
+    Arc::new(StringArray::from_iter_values(texts))
+}
+
+fn numbered(name: &str, count: usize) -> Vec<String> {
+    (0..count)
+        .map(|index| format!("{name} document {index}, of some length: {}", "x".repeat(index % 37)))
+        .collect()
+}
+
+fn read_all(config: &CorpusConfig) -> Result<(Vec<Document>, CorpusCounts), CorpusError> {
+    let mut stream = Corpus::open(config)?.documents();
+    let documents = stream.by_ref().collect::<Result<Vec<_>, _>>()?;
+    Ok((documents, stream.counts().clone()))
+}
+
+fn texts(config: &CorpusConfig) -> Vec<String> {
+    read_all(config).unwrap().0.into_iter().map(|document| document.text).collect()
+}
+
+/// Columns of a whole file as strings, by the plainest use of the parquet crate.
+fn reference(path: &Path, name: &str) -> Vec<String> {
+    let file = fs::File::open(path).unwrap();
+    let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReader::try_new(file, 1024).unwrap();
+    let column = |batch: RecordBatch| {
+        let column = arrow::compute::cast(batch.column_by_name(name).unwrap(), &DataType::Utf8).unwrap();
+        let column = column.as_any().downcast_ref::<StringArray>().unwrap().clone();
+        column.iter().map(|text| text.unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    reader.flat_map(|batch| column(batch.unwrap())).collect()
+}
+
+#[test]
+fn every_codec_encoding_and_page_version_reads_the_same() {
+    let directory = TempDir::new().unwrap();
+    let expected = numbered("é漢", 700);
+    for compression in [
+        Compression::UNCOMPRESSED,
+        Compression::SNAPPY,
+        Compression::LZ4,
+        Compression::LZ4_RAW,
+        Compression::GZIP(GzipLevel::default()),
+        Compression::BROTLI(BrotliLevel::default()),
+        Compression::ZSTD(ZstdLevel::default()),
+    ] {
+        for version in [WriterVersion::PARQUET_1_0, WriterVersion::PARQUET_2_0] {
+            let path = directory.path().join("file.parquet");
+            let properties =
+                WriterProperties::builder().set_compression(compression).set_writer_version(version);
+            write(&path, vec![("text", strings(&expected))], properties.build());
+            assert_eq!(texts(&config(&path)), expected, "{compression:?} {version:?}");
+        }
+    }
+    for encoding in [Encoding::PLAIN, Encoding::DELTA_BYTE_ARRAY, Encoding::DELTA_LENGTH_BYTE_ARRAY] {
+        let path = directory.path().join("file.parquet");
+        let properties = WriterProperties::builder().set_dictionary_enabled(false);
+        let properties = properties.set_column_encoding(ColumnPath::from("text"), encoding);
+        write(&path, vec![("text", strings(&expected))], properties.build());
+        assert_eq!(texts(&config(&path)), expected, "{encoding:?}");
+    }
+}
+
+#[test]
+fn every_string_type_reads_the_same() {
+    let directory = TempDir::new().unwrap();
+    let expected = numbered("a", 300);
+    let borrowed = expected.iter().map(String::as_str);
+    let columns: [ArrayRef; 4] = [
+        strings(&expected),
+        Arc::new(LargeStringArray::from_iter_values(borrowed.clone())),
+        Arc::new(StringViewArray::from_iter_values(borrowed.clone())),
+        Arc::new(borrowed.collect::<DictionaryArray<Int32Type>>()),
+    ];
+    for column in columns {
+        let path = directory.path().join("file.parquet");
+        let data_type = column.data_type().clone();
+        write(&path, vec![("text", column)], plain());
+        assert_eq!(texts(&config(&path)), expected, "{data_type}");
+    }
+}
+
+#[test]
+fn names_come_from_the_id_column_or_from_file_and_row() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("sub/file.parquet");
+    let ids: ArrayRef = Arc::new(StringArray::from(vec![Some("one"), None, Some("three")]));
+    let numbers: ArrayRef = Arc::new(UInt64Array::from(vec![7, u64::MAX, 0]));
+    let columns = vec![("name", ids), ("number", numbers), ("text", strings(&["a", "b", "c"]))];
+    write(&path, columns, row_groups(2));
+    let ids = |source: &Path, id_column: Option<&str>| {
+        let config = CorpusConfig { id_column: id_column.map(Into::into), ..config(source) };
+        read_all(&config).unwrap().0.into_iter().map(|document| document.id).collect::<Vec<_>>()
+    };
+    assert_eq!(ids(&path, None), ["file.parquet:0", "file.parquet:1", "file.parquet:2"]);
+    assert_eq!(ids(directory.path(), None)[2], "sub/file.parquet:2");
+    assert_eq!(ids(directory.path(), Some("name")), ["one", "sub/file.parquet:1", "three"]);
+    assert_eq!(ids(&path, Some("number")), ["7", "18446744073709551615", "0"]);
+}
+
+#[test]
+fn nulls_and_short_documents_are_dropped_and_counted() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("file.parquet");
+    let column: ArrayRef =
+        Arc::new(StringArray::from(vec![Some("long enough"), None, Some("é"), Some(""), Some("abc")]));
+    write(&path, vec![("text", column)], row_groups(3));
+    let (documents, counts) = read_all(&CorpusConfig { min_bytes: 3, ..config(&path) }).unwrap();
+    assert_eq!(
+        documents.iter().map(|document| document.text.as_str()).collect::<Vec<_>>(),
+        ["long enough", "abc"]
+    );
+    assert_eq!(documents[1].id, "file.parquet:4");
+    assert_eq!(counts.dropped, [("null_text", 1), ("too_short", 2)].into());
+    assert_eq!((counts.files, counts.row_groups, counts.documents, counts.bytes), (1, 2, 2, 14));
+}
+
+#[test]
+fn damage_in_a_column_that_is_not_read_does_no_harm() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("file.parquet");
+    let expected = numbered("a", 200);
+    let other: ArrayRef = Arc::new(BinaryArray::from_iter_values((0..200).map(|_| [b'#'; 64])));
+    let properties = WriterProperties::builder().set_dictionary_enabled(false).build();
+    write(&path, vec![("other", other), ("text", strings(&expected))], properties);
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[4..2000].fill(0xff);
+    fs::write(&path, bytes).unwrap();
+    assert_eq!(texts(&config(&path)), expected);
+}
+
+#[test]
+fn directories_and_globs_give_files_in_path_order() {
+    let directory = TempDir::new().unwrap();
+    for name in ["b.parquet", "a/z.parquet", "a/deep/er.parquet", "c.parquet"] {
+        write(&directory.path().join(name), vec![("text", strings(&[name]))], plain());
+    }
+    fs::write(directory.path().join("a/notes.txt"), "no parquet").unwrap();
+    fs::write(directory.path().join(".b.parquet"), "hidden").unwrap();
+    std::os::unix::fs::symlink(directory.path(), directory.path().join("a/loop")).unwrap();
+    assert_eq!(
+        texts(&config(directory.path())),
+        ["a/deep/er.parquet", "a/z.parquet", "b.parquet", "c.parquet"]
+    );
+    assert_eq!(texts(&config(directory.path().join("[bc].parquet"))), ["b.parquet", "c.parquet"]);
+    let (documents, _) = read_all(&config(directory.path().join("a/*/*.parquet"))).unwrap();
+    assert!(documents.iter().any(|document| document.id == "deep/er.parquet:0"), "{documents:?}");
+}
+
+#[test]
+fn mistakes_in_the_source_are_named_with_advice() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("corpus.parquet");
+    let binary: ArrayRef = Arc::new(BinaryArray::from_iter_values([b"\xff\xfe"]));
+    write(&path, vec![("content", strings(&["a"])), ("blob", binary)], plain());
+    let fail = |config: &CorpusConfig| {
+        let error = Corpus::open(config).unwrap_err();
+        (error.to_string(), error.hint().unwrap())
+    };
+    let (message, hint) = fail(&CorpusConfig { text_column: "contents".into(), ..config(&path) });
+    assert!(message.ends_with("no column `contents`; its columns are content, blob"), "{message}");
+    assert_eq!(hint, "did you mean `content`?");
+    let (message, _) = fail(&CorpusConfig { text_column: "blob".into(), ..config(&path) });
+    assert!(message.ends_with("column `blob` holds Binary, not text (a UTF-8 string)"), "{message}");
+    let id_column = Some("blob".into());
+    let (message, _) = fail(&CorpusConfig { text_column: "content".into(), id_column, ..config(&path) });
+    assert!(message.contains("not names"), "{message}");
+    let (_, hint) = fail(&config(directory.path().join("corpse.parquet")));
+    assert!(hint.contains("corpus.parquet"), "{hint}");
+    let empty = TempDir::new().unwrap();
+    assert!(matches!(Corpus::open(&config(empty.path())), Err(CorpusError::NoFiles { .. })));
+    assert!(matches!(
+        Corpus::open(&config(empty.path().join("*.parquet"))),
+        Err(CorpusError::NoFiles { .. })
+    ));
+    assert!(matches!(Corpus::open(&config("a***b/[")), Err(CorpusError::Pattern { .. })));
+    assert!(matches!(Corpus::open(&config("s3://bucket/prefix")), Err(CorpusError::Remote { .. })));
+    fs::write(&path, "PAR1 not at all PAR1").unwrap();
+    assert!(matches!(Corpus::open(&config(&path)), Err(CorpusError::Unreadable { .. })));
+}
+
+#[test]
+fn a_corpus_without_documents_is_an_error() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("file.parquet");
+    let none: [&str; 0] = [];
+    write(&path, vec![("text", strings(&none))], plain());
+    assert!(matches!(read_all(&config(&path)), Err(CorpusError::Empty { .. })));
+    write(&path, vec![("text", strings(&["a", "b"]))], plain());
+    let error = read_all(&CorpusConfig { min_bytes: 2, ..config(&path) }).unwrap_err();
+    assert!(error.to_string().contains("too_short: 2"), "{error}");
+    assert!(read_all(&CorpusConfig { max_documents: Some(0), ..config(&path) }).unwrap().0.is_empty());
+}
+
+/// A corpus with small row groups, nulls and, in the middle, a row group and a file that are damaged.
+fn damaged_corpus(directory: &Path) {
+    let text = |name: &str, count| -> ArrayRef {
+        let texts = numbered(name, count);
+        let texts = texts.iter().enumerate().map(|(index, text)| (index % 7 != 3).then_some(text));
+        Arc::new(StringArray::from_iter(texts))
+    };
+    let properties = || {
+        let properties = WriterProperties::builder().set_dictionary_enabled(false);
+        properties
+            .set_max_row_group_row_count(Some(600))
+            .set_data_page_row_count_limit(100)
+            .set_write_batch_size(50)
+            .build()
+    };
+    for name in ["a", "b", "c", "d"] {
+        write(&directory.join(format!("{name}.parquet")), vec![("text", text(name, 1300))], properties());
+    }
+    // Invalid UTF-8 in row 400 of the second row group of b: its first batch of 256 rows is intact.
+    let path = directory.join("b.parquet");
+    let mut bytes = fs::read(&path).unwrap();
+    let victim = b"b document 1000,";
+    let at = bytes.windows(victim.len()).position(|window| window == victim).unwrap();
+    bytes[at] = 0xff;
+    fs::write(&path, bytes).unwrap();
+    let path = directory.join("c.parquet");
+    let bytes = fs::read(&path).unwrap();
+    fs::write(&path, &bytes[..bytes.len() - 5]).unwrap();
+}
+
+#[test]
+fn damaged_places_are_quarantined_and_the_rest_is_read() {
+    let directory = TempDir::new().unwrap();
+    damaged_corpus(directory.path());
+    let (documents, counts) = read_all(&config(directory.path())).unwrap();
+    let texts: std::collections::BTreeSet<_> =
+        documents.iter().map(|document| document.text.as_str()).collect();
+    let expected = |name: &str, rows: std::ops::Range<usize>| {
+        let all = numbered(name, 1300);
+        rows.filter(|row| row % 7 != 3).all(|row| texts.contains(all[row].as_str()))
+    };
+    assert!(expected("a", 0..1300) && expected("d", 0..1300));
+    assert!(expected("b", 0..856) && expected("b", 1200..1300));
+    assert!(!documents.iter().any(|document| document.text.starts_with('c')));
+    assert_eq!(counts.quarantined_total, 2);
+    let [group, file] = &counts.quarantined[..] else { panic!("{:?}", counts.quarantined) };
+    assert_eq!(
+        (group.file.file_name().unwrap(), group.row_group, group.rows_read),
+        ("b.parquet".as_ref(), Some(1), 256)
+    );
+    assert_eq!((file.file.file_name().unwrap(), file.row_group), ("c.parquet".as_ref(), None));
+    assert!(!documents.iter().any(|document| document.text.contains(char::REPLACEMENT_CHARACTER)));
+}
+
+#[test]
+fn too_much_damage_ends_the_stream_with_what_was_found() {
+    let directory = TempDir::new().unwrap();
+    damaged_corpus(directory.path());
+    let corpus = Corpus::open(&CorpusConfig { max_quarantined: 1, ..config(directory.path()) }).unwrap();
+    let mut stream = corpus.documents();
+    let error = stream.find_map(Result::err).unwrap();
+    let message = error.to_string();
+    assert!(message.contains("b.parquet row group 1") && message.contains("c.parquet"), "{message}");
+    assert!(error.hint().unwrap().contains("max_quarantined"));
+    assert!(stream.next().is_none(), "a stream ends after its error");
+}
+
+#[test]
+fn reading_restarts_exactly_at_every_document() {
+    let directory = TempDir::new().unwrap();
+    damaged_corpus(directory.path());
+    let config = CorpusConfig { max_quarantined: 2, max_documents: Some(2900), ..config(directory.path()) };
+    let corpus = Corpus::open(&config).unwrap();
+    let mut stream = corpus.documents();
+    let mut after = vec![stream.cursor()];
+    let mut documents = Vec::new();
+    while let Some(document) = stream.next() {
+        documents.push(document.unwrap());
+        after.push(stream.cursor());
+    }
+    assert_eq!(documents.len(), 2900);
+    for (index, cursor) in after.iter().enumerate() {
+        let saved: Cursor = serde_json::from_str(&serde_json::to_string(cursor).unwrap()).unwrap();
+        // All that follows at some cursors, a few documents and their cursors at all of them.
+        let count = if index % 97 == 0 { usize::MAX } else { 3 };
+        let mut stream = corpus.documents_from(saved);
+        for (offset, expected) in documents[index..].iter().take(count).enumerate() {
+            assert_eq!(&stream.next().unwrap().unwrap(), expected);
+            assert_eq!(stream.cursor(), after[index + offset + 1]);
+        }
+        if count == usize::MAX || index == documents.len() {
+            assert!(stream.next().is_none());
+        }
+    }
+}
+
+#[test]
+fn the_quarantine_limit_holds_across_restarts() {
+    let directory = TempDir::new().unwrap();
+    damaged_corpus(directory.path());
+    let corpus = Corpus::open(&CorpusConfig { max_quarantined: 1, ..config(directory.path()) }).unwrap();
+    let mut stream = corpus.documents();
+    while stream.cursor().quarantined == 0 {
+        stream.next().unwrap().unwrap();
+    }
+    let restarted = corpus.documents_from(stream.cursor());
+    assert!(matches!(restarted.last(), Some(Err(CorpusError::TooManyQuarantined { total: 2, .. }))));
+}
+
+#[test]
+fn the_fingerprint_tells_corpora_apart() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("file.parquet");
+    let fingerprint = || Corpus::open(&config(directory.path())).unwrap().fingerprint().unwrap();
+    write(&path, vec![("text", strings(&["one"]))], plain());
+    let first = fingerprint();
+    assert_eq!(first, fingerprint());
+    write(&path, vec![("text", strings(&["two"]))], plain());
+    assert_ne!(first, fingerprint());
+}
+
+/// Every byte of a small file is a fair target: the footer, page headers, levels, lengths, text.
+fn small_file(path: &Path, compression: Compression, version: WriterVersion) -> Vec<u8> {
+    let properties = WriterProperties::builder().set_compression(compression).set_writer_version(version);
+    let properties =
+        properties.set_max_row_group_row_count(Some(40)).set_data_page_row_count_limit(20).build();
+    let id: ArrayRef = Arc::new(Int64Array::from_iter_values(0..120));
+    write(path, vec![("id", id), ("text", strings(&numbered("é", 120)))], properties);
+    fs::read(path).unwrap()
+}
+
+/// Reads a possibly damaged file to its end; what matters is that it returns.
+fn survives(path: &Path) {
+    let config = CorpusConfig { id_column: Some("id".into()), max_quarantined: 2, ..config(path) };
+    let Ok(corpus) = Corpus::open(&config) else { return };
+    let mut stream = corpus.documents();
+    let documents = stream.by_ref().take(100_000).filter_map(Result::ok).count() as u64;
+    assert_eq!(stream.counts().documents, documents);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, rng_seed: proptest::test_runner::RngSeed::Fixed(7), ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_corruption_panics(
+        flips in prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..6),
+        near_end in any::<bool>(),
+        codec in 0usize..4,
+        version in prop::sample::select(vec![WriterVersion::PARQUET_1_0, WriterVersion::PARQUET_2_0]),
+    ) {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("file.parquet");
+        let codecs = [
+            Compression::UNCOMPRESSED,
+            Compression::SNAPPY,
+            Compression::ZSTD(ZstdLevel::default()),
+            Compression::LZ4_RAW,
+        ];
+        let mut bytes = small_file(&path, codecs[codec], version);
+        let first = if near_end { bytes.len() - bytes.len() / 4 } else { 0 };
+        for (index, bit) in &flips {
+            let at = first + index.index(bytes.len() - first);
+            bytes[at] ^= 1 << bit;
+        }
+        fs::write(&path, &bytes).unwrap();
+        survives(&path);
+    }
+}
+
+#[test]
+fn no_truncation_panics() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("file.parquet");
+    let bytes = small_file(&path, Compression::SNAPPY, WriterVersion::PARQUET_1_0);
+    for length in (0..bytes.len()).step_by(23) {
+        fs::write(&path, &bytes[..length]).unwrap();
+        survives(&path);
+        // A footer that belongs to a longer file.
+        let cut = [&bytes[..length / 2], &bytes[bytes.len() / 2..]].concat();
+        fs::write(&path, cut).unwrap();
+        survives(&path);
+    }
+}
+
+fn marks_column(offsets: Vec<Option<i32>>, lengths: &[usize]) -> ArrayRef {
+    let labels: ArrayRef = strings(&(0..offsets.len()).map(|index| format!("k{index}")).collect::<Vec<_>>());
+    let offsets: ArrayRef = Arc::new(Int32Array::from(offsets));
+    let fields: Fields =
+        vec![Field::new("label", DataType::Utf8, true), Field::new("offset", DataType::Int32, true)].into();
+    let parts = StructArray::new(fields.clone(), vec![labels, offsets], None);
+    let element = Arc::new(Field::new("element", DataType::Struct(fields), true));
+    let lengths = OffsetBuffer::from_lengths(lengths.iter().copied());
+    Arc::new(ListArray::new(element, lengths, Arc::new(parts), None))
+}
+
+#[test]
+fn positions_become_marks_and_bad_ones_are_counted() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("file.parquet");
+    let marks = marks_column(vec![Some(0), Some(2), None, Some(1), Some(3), Some(-1)], &[3, 0, 3]);
+    write(&path, vec![("positions", marks), ("text", strings(&["abc", "b", "éa"]))], plain());
+    let (documents, counts) = read_all(&config(&path)).unwrap();
+    let marks = |index: usize| -> Vec<(u64, String)> {
+        documents[index].marks.iter().map(|mark| (mark.offset, mark.label.clone())).collect()
+    };
+    assert_eq!(marks(0), [(0, "k0".into()), (2, "k1".into())]);
+    assert!(marks(1).is_empty() && marks(2).is_empty());
+    assert_eq!(counts.dropped, [("mark_outside_text", 4)].into());
+    let other: ArrayRef = Arc::new(Int32Array::from(vec![1]));
+    write(&path, vec![("positions", other), ("text", strings(&["abc"]))], plain());
+    assert!(read_all(&config(&path)).unwrap().0[0].marks.is_empty());
+}
+
+#[test]
+fn traces_are_read_and_checked() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("traces.parquet");
+    let write = |offset: i32, prediction: &str, label: Option<&str>| {
+        let offset: ArrayRef = Arc::new(Int32Array::from(vec![offset]));
+        let text = |text: &str| strings(&[text]);
+        let mut columns = vec![
+            ("prediction", text(prediction)),
+            ("offset", offset),
+            ("text", text("é zoo")),
+            ("thought", text("")),
+        ];
+        columns.extend(label.map(|label| ("label", text(label))));
+        write(&path, columns, plain());
+        read_traces(path.to_str().unwrap())
+    };
+    let traces = write(2, " zoo", Some("1")).unwrap();
+    assert_eq!(
+        (traces[0].offset, traces[0].prediction.as_str(), traces[0].label.as_deref()),
+        (2, " zoo", Some("1"))
+    );
+    assert_eq!(write(2, " zoo", None).unwrap()[0].label, None);
+    for (offset, prediction) in [(1, " zoo"), (-1, " zoo"), (6, " zoo"), (2, "")] {
+        let error = write(offset, prediction, None).unwrap_err();
+        assert!(matches!(error, CorpusError::BadTrace { row: 0, .. }), "{error}");
+    }
+    self::write(&path, vec![("text", strings(&["a"]))], plain());
+    assert!(matches!(read_traces(path.to_str().unwrap()), Err(CorpusError::NoColumn { .. })));
+}
+
+#[test]
+fn shared_corpora_read_as_the_parquet_crate_reads_them() {
+    let shared = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/corpora"));
+    if !shared.is_dir() {
+        println!("SKIPPED: {} is absent, real corpora were NOT read", shared.display());
+        return;
+    }
+    let rows =
+        [("omnimath-train", 2421), ("omnimath-valid", 200), ("gsm8k-train", 7473), ("tinyshakespeare", 261)];
+    for (name, rows) in rows {
+        let path = shared.join(format!("{name}.parquet"));
+        let config = CorpusConfig { id_column: Some("id".into()), ..config(&path) };
+        let (documents, counts) = read_all(&config).unwrap();
+        assert_eq!((documents.len(), counts.quarantined_total), (rows, 0), "{name}");
+        let part = |part: fn(&Document) -> &String| documents.iter().map(part).cloned().collect::<Vec<_>>();
+        assert_eq!(part(|document| &document.text), reference(&path, "text"), "{name}");
+        assert_eq!(part(|document| &document.id), reference(&path, "id"), "{name}");
+    }
+}
+
+mod generated {
+    use super::{config, fs, read_all, texts};
+    use rpt::config::CorpusConfig;
+    use rpt::corpus::generated::{Generated, Recipe, Storyteller, generate};
+    use rpt::corpus::{CorpusError, Document, generated_recipe, read_traces};
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::path::{Path, PathBuf};
+    use tempfile::TempDir;
+
+    fn quickstart() -> PathBuf {
+        PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/corpora/quickstart"))
+    }
+
+    fn documents(path: &Path) -> Vec<Document> {
+        let config = CorpusConfig { id_column: Some("id".into()), ..config(path) };
+        let (documents, counts) = read_all(&config).unwrap();
+        assert!(counts.dropped.is_empty() && counts.quarantined_total == 0);
+        documents
+    }
+
+    fn files(generated: &Generated) -> [&Path; 5] {
+        let Generated { train, tasks, heldout, traces, clean_traces, .. } = generated;
+        [train, tasks, heldout, traces, clean_traces]
+    }
+
+    /// The chain that a report asks about, found from the text alone by following its map.
+    fn walked(text: &str) -> Option<Vec<&str>> {
+        let (map, rest) = text.split_once(": ").unwrap().1.split_once('.').unwrap();
+        let lines: BTreeMap<&str, &str> = map.split(", ").map(|pair| pair.split_once(' ').unwrap()).collect();
+        let mut chain = vec![rest.split_once(" gets on at ")?.1.split_once(' ').unwrap().0];
+        while let Some(next) = lines.get(chain[chain.len() - 1]) {
+            chain.push(next);
+        }
+        Some(chain)
+    }
+
+    #[test]
+    fn the_quickstart_corpus_is_what_its_readme_says() {
+        let directory = TempDir::new().unwrap();
+        let generated = generate(&quickstart(), 0, directory.path()).unwrap();
+        let train = documents(&generated.train);
+        let heldout = documents(&generated.heldout);
+
+        // Kinds, in reading order.
+        let kinds: Vec<_> = train.iter().map(|document| document.id.split('-').next().unwrap()).collect();
+        assert_eq!(train.len(), 24_000);
+        assert!(kinds[..14_400].iter().all(|kind| *kind == "small"));
+        let reports = kinds[14_400..].iter().filter(|kind| **kind == "report").count();
+        assert!((4_500..5_100).contains(&reports), "{reports}");
+        assert!(
+            train.iter().enumerate().all(|(index, document)| document.id.ends_with(&format!("-{index}")))
+        );
+        let tasks: Vec<_> =
+            train.iter().filter(|document| document.id.starts_with("report-")).cloned().collect();
+        assert_eq!(documents(&generated.tasks), tasks);
+
+        // Every answer is where its chain ends, chains have the lengths promised, maps their sizes.
+        let pairs = |text: &str| 1 + text.split('.').next().unwrap().matches(',').count();
+        let mut asked = BTreeSet::new();
+        for (index, document) in train.iter().enumerate() {
+            let pairs = pairs(&document.text);
+            assert!(pairs <= if index < 14_400 { 7 + index * 10 / 14_400 } else { 17 }, "{}", document.id);
+            let chain = walked(&document.text);
+            assert_eq!(chain.is_none(), document.id.starts_with("rides-"));
+            if let Some(chain) = chain {
+                assert!(document.text.ends_with(&format!(" sees the {}.", chain[chain.len() - 1])));
+                assert!((2..=7).contains(&chain.len()));
+                asked.insert(chain);
+            }
+        }
+
+        // Held out: balanced, marked at the answer, no chain that training asks about.
+        let mut lengths = BTreeMap::new();
+        for document in &heldout {
+            let chain = walked(&document.text).unwrap();
+            let [mark] = &document.marks[..] else { panic!("{document:?}") };
+            assert_eq!(mark.label, (chain.len() - 1).to_string());
+            assert_eq!(&document.text[mark.offset as usize..], format!(" {}.", chain[chain.len() - 1]));
+            assert!(pairs(&document.text) <= 17);
+            assert!(!asked.contains(&chain), "{chain:?} is asked in training too");
+            *lengths.entry(mark.label.clone()).or_insert(0) += 1;
+        }
+        assert_eq!(lengths, (1..=8).map(|length| (length.to_string(), 100)).collect());
+        let train: BTreeSet<_> = train.iter().map(|document| &document.text).collect();
+        assert!(heldout.iter().all(|document| !train.contains(&document.text)));
+    }
+
+    #[test]
+    fn traces_walk_the_chain_and_predict_where_it_ends() {
+        let directory = TempDir::new().unwrap();
+        let generated = generate(&quickstart(), 3, directory.path()).unwrap();
+        let train: BTreeSet<_> = texts(&config(&generated.train)).into_iter().collect();
+        let read = |path: &Path| read_traces(path.to_str().unwrap()).unwrap();
+        let (traces, clean) = (read(&generated.traces), read(&generated.clean_traces));
+        assert_eq!((traces.len(), clean.len()), (1333, 1333));
+        let mut right = 0;
+        for (trace, clean) in traces.iter().zip(&clean) {
+            assert!(train.contains(&trace.text));
+            assert_eq!((&trace.text, trace.offset, &trace.label), (&clean.text, clean.offset, &clean.label));
+            let rest = &trace.text[trace.offset as usize..];
+            assert!(rest.starts_with(&clean.prediction));
+            let Some(label) = &trace.label else {
+                assert!(trace.thought.is_empty() && trace.offset > 0);
+                assert_eq!(trace, clean);
+                let answered = trace.text[..trace.offset as usize].ends_with(" sees the");
+                assert!(!answered, "an empty thought at an answer");
+                continue;
+            };
+            let chain = walked(&trace.text).unwrap();
+            assert_eq!(clean.thought, format!(" at {}", chain.join(" ")));
+            assert_eq!((label.as_str(), chain.len() - 1), if chain.len() == 2 { ("1", 1) } else { ("2", 2) });
+            assert!(trace.thought.ends_with(&trace.prediction));
+            assert_eq!(trace.thought.split(' ').count(), chain.len() + 2);
+            right += usize::from(trace.prediction == clean.prediction);
+        }
+        assert!((770..860).contains(&right), "{right} of 1000 predictions are right");
+        assert_eq!(traces.iter().filter(|trace| trace.label.is_none()).count(), 333);
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_bytes_and_another_seed_other_text() {
+        let [first, again, other] = [11, 11, 12].map(|seed| {
+            let directory = TempDir::new().unwrap();
+            let generated = generate(&quickstart(), seed, directory.path()).unwrap();
+            let bytes = files(&generated).map(|path| fs::read(path).unwrap());
+            let names = fs::read_dir(directory.path()).unwrap().count();
+            assert_eq!(names, 5, "temporary files are left");
+            (bytes, texts(&config(&generated.train)))
+        });
+        assert!(first.0 == again.0);
+        assert!(first.1.iter().zip(&other.1).all(|(a, b)| a != b));
+    }
+
+    #[test]
+    fn no_seed_mixes_the_sides_of_the_split() {
+        let recipe = Recipe::load(&quickstart().join("corpus.toml")).unwrap();
+        let asked = |text: &str| walked(text).map(|chain| chain.join(" "));
+        let (mut training, mut held_out) = (BTreeSet::new(), BTreeSet::new());
+        for seed in 0..5 {
+            let teller = Storyteller::new(&recipe, seed);
+            for index in 0..2000 {
+                training.extend(asked(&teller.training(index * 12).unwrap().text));
+                held_out.extend(asked(&teller.held_out(index).unwrap().text));
+            }
+        }
+        assert!(training.is_disjoint(&held_out));
+    }
+
+    #[test]
+    fn recipes_that_cannot_work_are_refused() {
+        let directory = TempDir::new().unwrap();
+        let good = fs::read_to_string(quickstart().join("corpus.toml")).unwrap();
+        let refusal = |from: &str, to: &str| {
+            assert!(good.contains(from));
+            fs::write(directory.path().join("corpus.toml"), good.replacen(from, to, 1)).unwrap();
+            let error = generate(directory.path(), 0, &directory.path().join("out")).unwrap_err();
+            assert!(matches!(error, CorpusError::Recipe { .. }) && error.hint().is_some());
+            error.to_string()
+        };
+        assert!(refusal("told_rides", "told_ridez").contains("told_ridez"));
+        assert!(refusal("max_pairs = 17", "max_pairs = 29").contains("between 7 and 28"));
+        assert!(refusal("longest_chain = 8", "longest_chain = 14").contains("held_out.longest_chain"));
+        assert!(refusal("error_rate = 0.2", "error_rate = nan").contains("traces.error_rate"));
+        assert!(refusal("\"Oslo\"", "\"Oslo City\"").contains("single word"));
+        assert!(refusal("\"Oslo\"", "\"zoo\"").contains("listed twice"));
+        assert!(refusal("documents = 24_000", "documents = 2_000").contains("report stories"));
+    }
+
+    #[test]
+    fn only_a_directory_with_a_recipe_is_a_generated_corpus() {
+        let quickstart = quickstart();
+        assert_eq!(generated_recipe(quickstart.to_str().unwrap()), Some(quickstart.clone()));
+        assert_eq!(generated_recipe(quickstart.join("corpus.toml").to_str().unwrap()), None);
+        assert_eq!(generated_recipe("nowhere"), None);
+    }
+}
