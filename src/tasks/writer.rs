@@ -1,0 +1,164 @@
+//! Writing of task shards.
+
+use super::manifest::{self, Fingerprints, Manifest, SCHEMA_VERSION, ShardEntry};
+use super::{TaskCounts, TaskDocument, TasksError, codec};
+use arrow::datatypes::Schema;
+use arrow::error::ArrowError;
+use arrow::ipc::writer::FileWriter;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Documents in one record batch: the unit that a random access decodes.
+pub(super) const ROWS_PER_BATCH: usize = 64;
+
+/// Writes task documents as shards `tasks-00000.arrow`, `tasks-00001.arrow`, ... and, at the end,
+/// the manifest that makes them exist.
+///
+/// Every shard is written under another name, synced and renamed. At most 64 documents are held
+/// in memory.
+pub struct ShardWriter {
+    directory: PathBuf,
+    fingerprints: Fingerprints,
+    schema: Arc<Schema>,
+    documents_per_shard: u64,
+    pending: Vec<TaskDocument>,
+    open: Option<OpenShard>,
+    finished: Vec<ShardEntry>,
+}
+
+/// A shard in the making.
+struct OpenShard {
+    path: PathBuf,
+    partial: PathBuf,
+    writer: FileWriter<Hashing<BufWriter<File>>>,
+    documents: u64,
+    positions: u64,
+}
+
+impl ShardWriter {
+    /// Starts in a directory, which is created if need be. Shards of an earlier build are removed.
+    ///
+    /// # Errors
+    /// Fails when the directory cannot be made or cleared.
+    pub fn create(
+        directory: &Path,
+        fingerprints: Fingerprints,
+        documents_per_shard: usize,
+    ) -> Result<Self, TasksError> {
+        manifest::clear(directory)?;
+        Ok(Self {
+            directory: directory.to_owned(),
+            schema: Arc::new(codec::schema(&fingerprints)),
+            fingerprints,
+            documents_per_shard: documents_per_shard.max(1) as u64,
+            pending: Vec::new(),
+            open: None,
+            finished: Vec::new(),
+        })
+    }
+
+    /// Adds a document, which must have a position.
+    ///
+    /// # Errors
+    /// Fails when a shard cannot be written.
+    pub fn push(&mut self, document: TaskDocument) -> Result<(), TasksError> {
+        self.pending.push(document);
+        let written = self.open.as_ref().map_or(0, |shard| shard.documents);
+        let is_full = written + self.pending.len() as u64 == self.documents_per_shard;
+        if is_full || self.pending.len() == ROWS_PER_BATCH {
+            self.write_batch()?;
+        }
+        if is_full { self.close_shard() } else { Ok(()) }
+    }
+
+    /// Writes what is left, and the manifest.
+    ///
+    /// # Errors
+    /// Fails when a file cannot be written.
+    pub fn finish(mut self, counts: TaskCounts) -> Result<Manifest, TasksError> {
+        self.write_batch()?;
+        self.close_shard()?;
+        let Self { directory, fingerprints, finished: shards, .. } = self;
+        let manifest = Manifest { schema_version: SCHEMA_VERSION, fingerprints, shards, counts };
+        manifest.write(&directory)?;
+        Ok(manifest)
+    }
+
+    fn write_batch(&mut self) -> Result<(), TasksError> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let mut shard = match self.open.take() {
+            Some(shard) => shard,
+            None => self.open_shard()?,
+        };
+        shard.documents += self.pending.len() as u64;
+        shard.positions += self.pending.iter().map(|document| document.positions.len() as u64).sum::<u64>();
+        let written = codec::encode(&self.schema, &self.pending).and_then(|batch| shard.writer.write(&batch));
+        written.map_err(write_error(&shard.partial))?;
+        self.pending.clear();
+        self.open = Some(shard);
+        Ok(())
+    }
+
+    fn open_shard(&self) -> Result<OpenShard, TasksError> {
+        let path = self.directory.join(manifest::shard_name(self.finished.len()));
+        let partial = manifest::partial_path(&path);
+        let file = File::create(&partial).map_err(TasksError::io(&partial))?;
+        let writer = FileWriter::try_new(Hashing::new(BufWriter::new(file)), &self.schema);
+        let writer = writer.map_err(write_error(&partial))?;
+        Ok(OpenShard { path, partial, writer, documents: 0, positions: 0 })
+    }
+
+    fn close_shard(&mut self) -> Result<(), TasksError> {
+        let Some(mut shard) = self.open.take() else { return Ok(()) };
+        shard.writer.write_metadata("rpt.rows", shard.documents.to_string());
+        shard.writer.finish().map_err(write_error(&shard.partial))?;
+        let output = shard.writer.into_inner().map_err(write_error(&shard.partial))?;
+        let (checksum, bytes) = (output.hasher.finalize().to_hex().to_string(), output.bytes);
+        let file = output.inner.into_inner().map_err(|error| TasksError::io(&shard.partial)(error.into_error()))?;
+        file.sync_all().map_err(TasksError::io(&shard.partial))?;
+        manifest::publish(&shard.partial, &shard.path)?;
+        let file = manifest::shard_name(self.finished.len());
+        let (documents, positions) = (shard.documents, shard.positions);
+        self.finished.push(ShardEntry { file, bytes, checksum, documents, positions });
+        Ok(())
+    }
+}
+
+fn write_error(path: &Path) -> impl FnOnce(ArrowError) -> TasksError + '_ {
+    move |error| {
+        TasksError::io(path)(match error {
+            ArrowError::IoError(_, source) => source,
+            other => std::io::Error::other(other),
+        })
+    }
+}
+
+/// A writer that hashes what passes through it.
+struct Hashing<W> {
+    inner: W,
+    hasher: blake3::Hasher,
+    bytes: u64,
+}
+
+impl<W> Hashing<W> {
+    fn new(inner: W) -> Self {
+        Self { inner, hasher: blake3::Hasher::new(), bytes: 0 }
+    }
+}
+
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
+        let written = self.inner.write(buffer)?;
+        self.hasher.update(&buffer[..written]);
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.inner.flush()
+    }
+}
