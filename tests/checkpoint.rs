@@ -218,11 +218,9 @@ fn fail_everywhere(before: &[(u64, f32)], step: u64) {
             let result = commit(&mut store, step, 9.0);
             let case = format!("{failure:?} after {left} operations");
             machine.settle();
-            if failure == Failure::Full {
+            let reached = machine.state().failed;
+            if failure == Failure::Full && reached {
                 retry_in_the_same_process(&mut store, root, step, old, result.is_ok());
-                if !machine.state().failed {
-                    break;
-                }
                 continue;
             }
             let found = newest(root);
@@ -234,8 +232,8 @@ fn fail_everywhere(before: &[(u64, f32)], step: u64) {
             assert!(report.intact() && report.leftovers.is_empty(), "{case}: {report:?}");
             commit(&mut open(root), step, 9.5).unwrap();
             assert_eq!(newest(root), Some((step, 9.5)), "{case}");
-            if !machine.state().failed {
-                assert!(machine.state().done > 20, "the plan did not reach the commit");
+            if !reached {
+                assert!(machine.state().done > 15, "the plan did not reach the commit");
                 break;
             }
         }
