@@ -211,7 +211,9 @@ fn fail_everywhere(before: &[(u64, f32)], step: u64) {
         for left in 0.. {
             let directory = tempfile::tempdir().unwrap();
             let root = directory.path();
-            before.iter().for_each(|(step, value)| drop(commit(&mut open(root), *step, *value).unwrap()));
+            for (step, value) in before {
+                commit(&mut open(root), *step, *value).unwrap();
+            }
             let machine = Machine::new(failure, left);
             let mut store = CheckpointStore::open_on(Arc::new(machine.clone()), root, 1).unwrap();
             store = store.with_shard_bytes(40);

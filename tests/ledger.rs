@@ -179,7 +179,7 @@ proptest! {
         let place = place.index(bytes.len());
         bytes[place] ^= 1 << bit;
         fs::write(&path, &bytes).unwrap();
-        let line = 1 + bytes[..place].iter().filter(|byte| **byte == b'\n').count();
+        let line = 1 + bytes[..place].split(|byte| *byte == b'\n').skip(1).count();
         let fault = verify_file(&path, None).unwrap().fault.unwrap();
         prop_assert!(fault.starts_with(&format!("line {line}:")), "flip in line {line}: {fault}");
         let error = LedgerLog::open(&path, mark).unwrap_err();

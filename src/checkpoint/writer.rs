@@ -211,7 +211,7 @@ mod tests {
 
     #[test]
     fn shards_hold_what_fits_and_large_tensors_alone() {
-        let data = vec![0.0; 10];
+        let data = [0.0; 10];
         let tensor = |length: usize| TensorView { name: "", shape: &[], data: &data[..length] };
         let sizes = |lengths: &[usize], bytes| {
             let tensors: Vec<_> = lengths.iter().map(|length| tensor(*length)).collect();

@@ -7,7 +7,7 @@ use super::{Digest, LedgerError, LineFault, StepRecord};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, Read, Seek, SeekFrom};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -50,7 +50,7 @@ pub struct LedgerLog {
 }
 
 impl LedgerLog {
-    /// Opens the file, creating it if needed, and cuts off what stands behind the mark. What stands
+    /// Opens the file (creating it if the mark is its start) and cuts off what stands behind the mark. What stands
     /// before it is verified.
     ///
     /// # Errors
@@ -60,7 +60,7 @@ impl LedgerLog {
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
-            .create(true)
+            .create(resume_at.bytes == 0)
             .truncate(false)
             .open(path)
             .map_err(at(path))?;
@@ -141,13 +141,13 @@ fn measure_tail(file: &mut File, offset: u64) -> io::Result<CutTail> {
     let mut reader = BufReader::new(file);
     let (mut tail, mut last) = (CutTail::default(), b'\n');
     loop {
-        let buffer = io::BufRead::fill_buf(&mut reader)?;
+        let buffer = reader.fill_buf()?;
         let Some(end) = buffer.last() else { break };
         last = *end;
         let count = buffer.len();
         tail.bytes += count as u64;
-        tail.lines += buffer.iter().filter(|byte| **byte == b'\n').count() as u64;
-        io::BufRead::consume(&mut reader, count);
+        tail.lines += buffer.split(|byte| *byte == b'\n').skip(1).count() as u64;
+        reader.consume(count);
     }
     tail.lines += u64::from(last != b'\n');
     Ok(tail)
