@@ -9,11 +9,17 @@ use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Fields, Int32Type};
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{BrotliLevel, Compression, Encoding, GzipLevel, ZstdLevel};
+use parquet::data_type::ByteArrayType;
 use parquet::file::properties::{WriterProperties, WriterVersion};
+use parquet::file::writer::SerializedFileWriter;
+use parquet::schema::parser::parse_message_type;
 use parquet::schema::types::ColumnPath;
 use proptest::prelude::*;
+use proptest::test_runner::{RngSeed, TestRunner};
 use rpt::config::CorpusConfig;
 use rpt::corpus::{Corpus, CorpusCounts, CorpusError, Cursor, Document, read_traces};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -245,7 +251,7 @@ fn damaged_corpus(directory: &Path) {
     let text = |name: &str, count| -> ArrayRef {
         let texts = numbered(name, count);
         let texts = texts.iter().enumerate().map(|(index, text)| (index % 7 != 3).then_some(text));
-        Arc::new(StringArray::from_iter(texts))
+        Arc::new(texts.collect::<StringArray>())
     };
     let properties = || {
         let properties = WriterProperties::builder().set_dictionary_enabled(false);
@@ -371,42 +377,86 @@ fn small_file(path: &Path, compression: Compression, version: WriterVersion) -> 
     fs::read(path).unwrap()
 }
 
-/// Reads a possibly damaged file to its end; what matters is that it returns.
-fn survives(path: &Path) {
-    let config = CorpusConfig { id_column: Some("id".into()), max_quarantined: 2, ..config(path) };
-    let Ok(corpus) = Corpus::open(&config) else { return };
+/// How reading a possibly damaged file went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Fate {
+    /// It was refused when it was opened.
+    Refused,
+    /// It could be read in part.
+    Quarantined,
+    /// The damage could not be noticed.
+    Read,
+}
+
+/// Reads a possibly damaged file to its end; what matters most is that it returns.
+fn fate(path: &Path) -> Fate {
+    let config = CorpusConfig { id_column: Some("id".into()), max_quarantined: 3, ..config(path) };
+    let Ok(corpus) = Corpus::open(&config) else { return Fate::Refused };
     let mut stream = corpus.documents();
     let documents = stream.by_ref().take(100_000).filter_map(Result::ok).count() as u64;
     assert_eq!(stream.counts().documents, documents);
+    if stream.counts().quarantined_total > 0 { Fate::Quarantined } else { Fate::Read }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, rng_seed: proptest::test_runner::RngSeed::Fixed(7), ..ProptestConfig::default() })]
-
-    #[test]
-    fn no_corruption_panics(
-        flips in prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..6),
-        near_end in any::<bool>(),
-        codec in 0usize..4,
-        version in prop::sample::select(vec![WriterVersion::PARQUET_1_0, WriterVersion::PARQUET_2_0]),
-    ) {
-        let directory = TempDir::new().unwrap();
-        let path = directory.path().join("file.parquet");
-        let codecs = [
-            Compression::UNCOMPRESSED,
-            Compression::SNAPPY,
-            Compression::ZSTD(ZstdLevel::default()),
-            Compression::LZ4_RAW,
-        ];
-        let mut bytes = small_file(&path, codecs[codec], version);
+#[test]
+fn no_corruption_panics() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("file.parquet");
+    let fates = RefCell::new(BTreeMap::new());
+    let codecs = [
+        Compression::UNCOMPRESSED,
+        Compression::SNAPPY,
+        Compression::ZSTD(ZstdLevel::default()),
+        Compression::LZ4_RAW,
+    ];
+    let versions = [WriterVersion::PARQUET_1_0, WriterVersion::PARQUET_2_0];
+    let flips = prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..6);
+    let cases = (
+        flips,
+        any::<bool>(),
+        prop::sample::select(codecs.to_vec()),
+        prop::sample::select(versions.to_vec()),
+    );
+    let config = ProptestConfig { cases: 1000, rng_seed: RngSeed::Fixed(7), ..ProptestConfig::default() };
+    let outcome = TestRunner::new(config).run(&cases, |(flips, near_end, codec, version)| {
+        let mut bytes = small_file(&path, codec, version);
+        // Half of the cases aim at the footer.
         let first = if near_end { bytes.len() - bytes.len() / 4 } else { 0 };
         for (index, bit) in &flips {
             let at = first + index.index(bytes.len() - first);
             bytes[at] ^= 1 << bit;
         }
         fs::write(&path, &bytes).unwrap();
-        survives(&path);
+        *fates.borrow_mut().entry(fate(&path)).or_insert(0) += 1;
+        Ok(())
+    });
+    outcome.unwrap();
+    let fates = fates.into_inner();
+    assert!(
+        fates.len() == 3 && fates.values().all(|count| *count >= 50),
+        "the damage is too uniform: {fates:?}"
+    );
+}
+
+#[test]
+fn json_text_that_is_not_utf8_is_quarantined() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("file.parquet");
+    let schema = parse_message_type("message m { required binary text (JSON); }").unwrap();
+    let file = fs::File::create(&path).unwrap();
+    let mut writer = SerializedFileWriter::new(file, schema.into(), plain().into()).unwrap();
+    for value in [&b"{}"[..], b"\xff{}"] {
+        let mut group = writer.next_row_group().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&[value.to_vec().into()], None, None).unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
     }
+    writer.close().unwrap();
+    let (documents, counts) = read_all(&config(&path)).unwrap();
+    assert_eq!(documents.iter().map(|document| document.text.as_str()).collect::<Vec<_>>(), ["{}"]);
+    assert_eq!((counts.quarantined_total, counts.quarantined[0].row_group), (1, Some(1)));
+    assert!(counts.quarantined[0].reason.contains("utf-8"), "{:?}", counts.quarantined);
 }
 
 #[test]
@@ -416,11 +466,11 @@ fn no_truncation_panics() {
     let bytes = small_file(&path, Compression::SNAPPY, WriterVersion::PARQUET_1_0);
     for length in (0..bytes.len()).step_by(23) {
         fs::write(&path, &bytes[..length]).unwrap();
-        survives(&path);
+        fate(&path);
         // A footer that belongs to a longer file.
         let cut = [&bytes[..length / 2], &bytes[bytes.len() / 2..]].concat();
         fs::write(&path, cut).unwrap();
-        survives(&path);
+        fate(&path);
     }
 }
 
