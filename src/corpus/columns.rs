@@ -140,13 +140,17 @@ impl Rows {
 
     /// The marks of a row that point into its text; the others are counted.
     pub(super) fn marks(&self, row: usize, text: &str, counts: &mut CorpusCounts) -> Vec<Mark> {
-        let Some(marks) = &self.marks else { return Vec::new() };
-        let (good, bad): (Vec<_>, Vec<_>) = marks
-            .of(row - self.start)
-            .map(|mark| mark.filter(|mark| fits(text, mark.offset)))
-            .partition(Option::is_some);
-        bad.iter().for_each(|_| counts.drop_one(BAD_MARK));
-        good.into_iter().flatten().collect()
+        let (Some(marks), Some(index)) = (&self.marks, row.checked_sub(self.start)) else {
+            return Vec::new();
+        };
+        let mut good = Vec::new();
+        for mark in marks.of(index) {
+            match mark.filter(|mark| fits(text, mark.offset)) {
+                Some(mark) => good.push(mark),
+                None => counts.drop_one(BAD_MARK),
+            }
+        }
+        good
     }
 }
 

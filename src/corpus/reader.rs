@@ -241,9 +241,9 @@ impl Documents {
         self.cursor.quarantined += 1;
         self.batches = None;
         if row_group.is_some() {
-            self.cursor.next_row_group()
+            self.cursor.next_row_group();
         } else {
-            self.cursor.next_file()
+            self.cursor.next_file();
         }
         let (total, limit) = (self.cursor.quarantined, self.corpus.config.max_quarantined);
         if total <= limit {

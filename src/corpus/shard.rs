@@ -130,3 +130,17 @@ fn panic_message(payload: &(dyn Any + Send)) -> &str {
     let text = payload.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no reason given")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_of_the_decoder_becomes_a_reason() {
+        let row = 7;
+        let formatted = guarded(|| -> Result<(), String> { panic!("damaged page {row}") });
+        assert_eq!(formatted.unwrap_err(), "the decoder gave up: damaged page 7");
+        let literal = guarded(|| -> Result<(), String> { panic!("damaged") });
+        assert_eq!(literal.unwrap_err(), "the decoder gave up: damaged");
+    }
+}

@@ -82,7 +82,8 @@ fn directory(root: &Path) -> Result<Vec<PathBuf>, CorpusError> {
             let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
             if hidden {
                 continue;
-            } else if path.is_dir() {
+            }
+            if path.is_dir() {
                 waiting.push(path);
             } else if path.extension().is_some_and(|extension| extension == "parquet") {
                 files.push(path);

@@ -134,7 +134,7 @@ fn encode_traces(rows: &[Trace]) -> Vec<ArrayRef> {
         Arc::new(StringArray::from_iter_values(rows.iter().map(part)))
     };
     let offsets = Int64Array::from_iter_values(rows.iter().map(|row| row.offset as i64));
-    let labels = StringArray::from_iter(rows.iter().map(|row| row.label.as_deref()));
+    let labels: StringArray = rows.iter().map(|row| row.label.as_deref()).collect();
     vec![
         strings(|row| &row.text),
         Arc::new(offsets),

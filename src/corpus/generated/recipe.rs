@@ -192,7 +192,12 @@ impl Words {
 }
 
 /// Also refuses NaN, which lies within nothing.
-fn within<T: PartialOrd + std::fmt::Display>(name: &str, value: T, low: T, high: T) -> Result<(), String> {
+fn within<T: PartialOrd + Copy + std::fmt::Display>(
+    name: &str,
+    value: T,
+    low: T,
+    high: T,
+) -> Result<(), String> {
     if value >= low && value <= high {
         return Ok(());
     }

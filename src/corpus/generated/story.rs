@@ -179,43 +179,49 @@ impl<'a> Storyteller<'a> {
     }
 
     fn tell(&self, random: &mut Random, kind: Kind, chains: &Chains) -> Story {
-        let mut pairs: Vec<String> = chains
-            .iter()
-            .flat_map(|chain| chain.windows(2))
-            .map(|pair| format!(" {}", pair.join(" ")))
-            .collect();
+        let pairs = chains.iter().flat_map(|chain| chain.windows(2));
+        let mut pairs: Vec<String> = pairs.map(|pair| pair.join(" ")).collect();
         random.shuffle(&mut pairs);
-        let mut text = format!("{}{}.", random.pick(&self.recipe.words.openings), pairs.join(","));
+        let mut sentences =
+            vec![format!("{} {}.", random.pick(&self.recipe.words.openings), pairs.join(", "))];
         if kind != Kind::Report {
-            self.tell_rides(random, &pairs, chains, &mut text);
+            sentences.extend(self.read_again(random, &pairs));
+            sentences.extend((0..self.recipe.stories.told_rides).map(|_| self.ride(random, chains)));
         }
-        let question = (kind != Kind::Rides).then(|| self.ask(random, &chains[0], &mut text));
-        Story { kind, text, question }
+        let text = sentences.join(" ");
+        if kind == Kind::Rides {
+            Story { kind, text, question: None }
+        } else {
+            self.ask(random, kind, &text, &chains[0])
+        }
     }
 
-    /// Some pairs read again, then rides to the end of a chain.
-    fn tell_rides(&self, random: &mut Random, pairs: &[String], chains: &Chains, text: &mut String) {
-        let Stories { again_share, again_pairs, told_rides, longest_told_ride, .. } = self.recipe.stories;
-        if random.chance(again_share) {
+    /// Sometimes, some neighbouring pairs of the map once more.
+    fn read_again(&self, random: &mut Random, pairs: &[String]) -> Option<String> {
+        let Stories { again_share, again_pairs, .. } = self.recipe.stories;
+        random.chance(again_share).then(|| {
             let first = random.below((pairs.len() + 1).saturating_sub(again_pairs));
-            let read: String = pairs[first..pairs.len().min(first + again_pairs)].join(",");
-            *text += &format!(" {}{read}.", random.pick(&self.recipe.words.again));
-        }
-        for _ in 0..told_rides {
-            let chain = random.pick(chains);
-            let last = chain.len() - 1;
-            let start = random.between(last.saturating_sub(longest_told_ride), last - 1);
-            *text +=
-                &format!(" {} rides {}.", random.pick(&self.recipe.words.people), chain[start..].join(" "));
-        }
+            let read = pairs[first..pairs.len().min(first + again_pairs)].join(", ");
+            format!("{} {read}.", random.pick(&self.recipe.words.again))
+        })
     }
 
-    fn ask(&self, random: &mut Random, chain: &[&str], text: &mut String) -> Question {
+    /// A ride to the end of a chain.
+    fn ride(&self, random: &mut Random, chains: &Chains) -> String {
+        let chain = random.pick(chains);
+        let last = chain.len() - 1;
+        let start = random.between(last.saturating_sub(self.recipe.stories.longest_told_ride), last - 1);
+        format!("{} rides {}.", random.pick(&self.recipe.words.people), chain[start..].join(" "))
+    }
+
+    /// Ends a story with a report about a chain.
+    fn ask(&self, random: &mut Random, kind: Kind, text: &str, chain: &[&str]) -> Story {
         let (start, end) = (chain[0], chain[chain.len() - 1]);
-        *text += &format!(" {} gets on at {start} and sees the", random.pick(&self.recipe.words.people));
-        let offset = text.len();
-        *text += &format!(" {end}.");
-        Question { offset, chain: chain.iter().map(ToString::to_string).collect() }
+        let before =
+            format!("{text} {} gets on at {start} and sees the", random.pick(&self.recipe.words.people));
+        let question =
+            Question { offset: before.len(), chain: chain.iter().map(ToString::to_string).collect() };
+        Story { kind, text: format!("{before} {end}."), question: Some(question) }
     }
 }
 
