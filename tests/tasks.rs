@@ -1,13 +1,13 @@
 //! From documents to an endless stream of tasks.
-#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, missing_docs)]
 
 use proptest::prelude::*;
 use rpt::Error;
 use rpt::config::{Selection, TasksConfig, TemplateName, TokenizerConfig};
 use rpt::corpus::{Document, Mark};
 use rpt::tasks::{
-    ChatFormat, Fingerprints, Manifest, Position, PositionScore, PromptTemplate, Proxy, ShardWriter, Task, TaskBuilder,
-    TaskCounts, TaskCursor, TaskDocument, TaskShards, TaskStream, TasksError, Truth,
+    ChatFormat, Fingerprints, Manifest, Position, PositionScore, PromptTemplate, Proxy, ShardWriter, Task,
+    TaskBuilder, TaskCounts, TaskCursor, TaskDocument, TaskShards, TaskStream, TasksError, Truth,
 };
 use rpt::tokenize::{SpecialTokens, Tokenizer, train_byte_level_bpe};
 use std::collections::BTreeMap;
@@ -49,7 +49,12 @@ fn document(id: &str, text: &str) -> Document {
 }
 
 fn settings() -> TasksConfig {
-    TasksConfig { min_context: 4, positions_per_document: 3, documents_per_shard: 100, ..TasksConfig::default() }
+    TasksConfig {
+        min_context: 4,
+        positions_per_document: 3,
+        documents_per_shard: 100,
+        ..TasksConfig::default()
+    }
 }
 
 struct Built {
@@ -68,7 +73,12 @@ impl Built {
     }
 }
 
-fn try_build(settings: &TasksConfig, keep_marked: bool, proxy: &Ramp, documents: &[Document]) -> Result<Built, Error> {
+fn try_build(
+    settings: &TasksConfig,
+    keep_marked: bool,
+    proxy: &Ramp,
+    documents: &[Document],
+) -> Result<Built, Error> {
     let directory = tempfile::tempdir().unwrap();
     let builder =
         TaskBuilder { settings, seed: 7, tokenizer: tokenizer(), proxy, proxy_header: vec![0], keep_marked };
@@ -143,17 +153,23 @@ fn long_documents_are_cut_without_losing_a_token() {
 fn marks_become_labels_where_a_token_starts() {
     let fox = TEXT.find(" fox jumps").unwrap() as u64;
     let mark = |offset, label: &str| Mark { offset, label: label.into() };
-    let marks = vec![mark(fox, "k=1"), mark(fox, "again"), mark(fox + 2, "inside"), mark(TEXT.len() as u64, "end")];
+    let marks =
+        vec![mark(fox, "k=1"), mark(fox, "again"), mark(fox + 2, "inside"), mark(TEXT.len() as u64, "end")];
     let marked = Document { marks, ..document("marked", TEXT) };
     let closed = TasksConfig { min_entropy: 100.0, max_entropy: 200.0, ..settings() };
-    let built = try_build(&closed, true, &Ramp { step: 0.1, ..Ramp::default() }, std::slice::from_ref(&marked)).unwrap();
+    let built =
+        try_build(&closed, true, &Ramp { step: 0.1, ..Ramp::default() }, std::slice::from_ref(&marked))
+            .unwrap();
     let documents = built.documents();
     let position = &documents[0].positions[0];
     assert_eq!((documents[0].positions.len(), position.label.as_deref()), (1, Some("k=1")));
     let before = tokenizer().decode_lossy(&documents[0].tokens[..position.index as usize]);
     assert_eq!(before, "The quick brown");
     let counts = &built.manifest.counts;
-    assert_eq!((counts.marked_positions, counts.dropped.marks_repeated, counts.dropped.marks_off_boundary), (1, 1, 2));
+    assert_eq!(
+        (counts.marked_positions, counts.dropped.marks_repeated, counts.dropped.marks_off_boundary),
+        (1, 1, 2)
+    );
     assert_balance(counts);
     let without = try_build(&settings(), false, &Ramp { step: 0.1, ..Ramp::default() }, &[marked]).unwrap();
     let counts = &without.manifest.counts;
@@ -163,7 +179,9 @@ fn marks_become_labels_where_a_token_starts() {
 #[test]
 fn a_band_that_leaves_nothing_is_an_error_with_the_quantiles() {
     let closed = TasksConfig { min_entropy: 100.0, max_entropy: 200.0, ..settings() };
-    let error = try_build(&closed, false, &Ramp { step: 0.1, ..Ramp::default() }, &[document("a", TEXT)]).err().unwrap();
+    let error = try_build(&closed, false, &Ramp { step: 0.1, ..Ramp::default() }, &[document("a", TEXT)])
+        .err()
+        .unwrap();
     assert!(error.to_string().contains("below the entropy band"), "{error}");
     assert!(error.hint().unwrap().contains("nats"), "{:?}", error.hint());
     let error = try_build(&settings(), false, &Ramp::default(), &[]).err().unwrap();
@@ -179,7 +197,8 @@ fn building_twice_writes_the_same_bytes_and_forgets_the_first() {
     assert_eq!(first.manifest.shards.iter().map(|shard| shard.documents).collect::<Vec<_>>(), [70, 70, 10]);
     first.shards().verify().unwrap();
     // A different seed draws other positions; here, a different document name does.
-    let drawn: Vec<_> = first.documents().iter().map(|d| d.positions.iter().map(|p| p.index).collect::<Vec<_>>()).collect();
+    let drawn: Vec<_> =
+        first.documents().iter().map(|d| d.positions.iter().map(|p| p.index).collect::<Vec<_>>()).collect();
     assert!(drawn.windows(2).any(|pair| pair[0] != pair[1]));
     let directory = first.directory.path();
     let mut writer = ShardWriter::create(directory, fingerprints(), 10).unwrap();
@@ -188,7 +207,8 @@ fn building_twice_writes_the_same_bytes_and_forgets_the_first() {
     let mut counts = first.manifest.counts.clone();
     counts.positions = 2;
     writer.finish(counts).unwrap();
-    let names: Vec<_> = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let names: Vec<_> =
+        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names.len(), 2, "{names:?}");
 }
 
@@ -230,7 +250,9 @@ fn sample(number: u32, positions: u32) -> TaskDocument {
 fn shard(documents: &[TaskDocument], per_shard: usize) -> Built {
     let directory = tempfile::tempdir().unwrap();
     let mut writer = ShardWriter::create(directory.path(), fingerprints(), per_shard).unwrap();
-    documents.iter().for_each(|document| writer.push(document.clone()).unwrap());
+    for document in documents {
+        writer.push(document.clone()).unwrap();
+    }
     let mut counts = build(&settings(), &[document("a", TEXT)]).manifest.counts;
     counts.positions = documents.iter().map(|document| document.positions.len() as u64).sum();
     let manifest = writer.finish(counts).unwrap();
@@ -295,20 +317,27 @@ fn epochs_and_seeds_have_orders_of_their_own_and_documents_stay_together() {
     let order = |seed, epoch| {
         let cursor = TaskCursor { epoch, ..TaskCursor::default() };
         let mut stream = TaskStream::new(Arc::clone(&shards), seed, cursor).unwrap();
-        (0..150).map(|_| stream.next_task().unwrap()).map(|task| (task.document.id.clone(), task.position)).collect::<Vec<_>>()
+        (0..150)
+            .map(|_| stream.next_task().unwrap())
+            .map(|task| (task.document.id.clone(), task.position))
+            .collect::<Vec<_>>()
     };
     assert_eq!(order(1, 0), order(1, 0));
     assert_ne!(order(1, 0), order(1, 1));
     assert_ne!(order(1, 0), order(2, 0));
     for group in order(1, 0).chunks(3) {
-        assert!(group.iter().enumerate().all(|(place, (id, position))| *position == place && *id == group[0].0));
+        assert!(
+            group.iter().enumerate().all(|(place, (id, position))| *position == place && *id == group[0].0)
+        );
     }
 }
 
 #[test]
 fn cursors_outside_of_the_shards_are_refused() {
     let shards = Arc::new(shard(&[sample(0, 2)], 4).shards());
-    for cursor in [TaskCursor { row: 1, ..TaskCursor::default() }, TaskCursor { position: 2, ..TaskCursor::default() }] {
+    for cursor in
+        [TaskCursor { row: 1, ..TaskCursor::default() }, TaskCursor { position: 2, ..TaskCursor::default() }]
+    {
         let error = TaskStream::new(Arc::clone(&shards), 0, cursor).unwrap_err();
         assert!(matches!(error, TasksError::OutOfRange { .. }), "{error}");
     }
@@ -318,7 +347,9 @@ fn cursors_outside_of_the_shards_are_refused() {
 #[test]
 fn tasks_of_another_tokenizer_or_template_are_refused() {
     let built = shard(&[sample(0, 2)], 4);
-    for (tokenizer, template, what) in [("other", "template", "tokenizer"), ("tokenizer", "other", "template")] {
+    for (tokenizer, template, what) in
+        [("other", "template", "tokenizer"), ("tokenizer", "other", "template")]
+    {
         let expected = Fingerprints { tokenizer: tokenizer.into(), template: template.into() };
         let error = TaskShards::open(built.directory.path(), &expected).unwrap_err();
         assert!(matches!(error, TasksError::Mismatch { .. }) && error.to_string().contains(what), "{error}");
@@ -355,7 +386,10 @@ fn every_flipped_byte_is_found_and_none_is_fatal() {
     for length in (0..whole.len()).step_by(61) {
         std::fs::write(&path, &whole[..length]).unwrap();
         let error = read_damaged(built.directory.path()).unwrap_err();
-        assert!(matches!(error, TasksError::Damaged { .. }) && error.to_string().contains("bytes"), "{error}");
+        assert!(
+            matches!(error, TasksError::Damaged { .. }) && error.to_string().contains("bytes"),
+            "{error}"
+        );
     }
     std::fs::remove_file(&path).unwrap();
     assert!(matches!(read_damaged(built.directory.path()), Err(TasksError::Io { .. })));
@@ -371,7 +405,10 @@ fn damaged_manifests_are_refused() {
         std::fs::write(&path, whole.replacen(from, to, 1)).unwrap();
         read_damaged(built.directory.path()).unwrap_err()
     };
-    assert!(matches!(with("\"schema_version\": 1", "\"schema_version\": 2"), TasksError::Version { found: 2, .. }));
+    assert!(matches!(
+        with("\"schema_version\": 1", "\"schema_version\": 2"),
+        TasksError::Version { found: 2, .. }
+    ));
     for (from, to) in [
         ("tasks-00000.arrow", "../../etc/passwd"),
         ("\"documents\": 2", "\"documents\": 200"),
@@ -404,10 +441,11 @@ fn the_truth_is_the_text_from_the_position_on() {
 
 #[test]
 fn the_truth_of_an_early_position_is_capped() {
-    let tokens = tokenizer().encode_document(&vec![TEXT; 9].join(" ")).unwrap();
+    let tokens = tokenizer().encode_document(&[TEXT; 9].join(" ")).unwrap();
     let position = Position { index: 1, entropy: 1.0, truth_probability: 0.1, proxy_top: 0, label: None };
     let byte_lengths = tokens.iter().map(|&token| tokenizer().token_bytes(token).len() as u32).collect();
-    let document = TaskDocument { id: "a".into(), tokens: tokens.clone(), byte_lengths, positions: vec![position] };
+    let document =
+        TaskDocument { id: "a".into(), tokens: tokens.clone(), byte_lengths, positions: vec![position] };
     let task = Task { ordinal: 0, epoch: 0, document: Arc::new(document), position: 0 };
     let truth = Truth::of(&task, tokenizer());
     assert_eq!((truth.boundaries.len(), truth.ends_document), (64, false));
@@ -423,7 +461,10 @@ fn plain_prompts_are_the_document_and_an_open_thought() {
     let instruct = PromptTemplate::new(TemplateName::V6, tokenizer(), &special, &chat).unwrap();
     let text = tokenizer().decode_lossy(&instruct.prompt(&tokenizer().encode_document(TEXT).unwrap()));
     assert!(text.starts_with("<|bos|>User: Complete the text"), "{text}");
-    assert!(text.contains(&format!("```\n{TEXT}\n```\n")) && text.ends_with("Assistant: <think>\n"), "{text}");
+    assert!(
+        text.contains(&format!("```\n{TEXT}\n```\n")) && text.ends_with("Assistant: <think>\n"),
+        "{text}"
+    );
     assert_ne!(plain.fingerprint(), instruct.fingerprint());
 }
 

@@ -1,9 +1,11 @@
 //! Tokenizers of other projects, and our own, byte for byte.
-#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, missing_docs)]
 
 use proptest::prelude::*;
 use rpt::config::TokenizerConfig;
-use rpt::tokenize::{BOS, END, SpecialTokens, THINK, THINK_END, TokenizeError, Tokenizer, train_byte_level_bpe};
+use rpt::tokenize::{
+    BOS, END, SpecialTokens, THINK, THINK_END, TokenizeError, Tokenizer, train_byte_level_bpe,
+};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -30,7 +32,8 @@ fn gpt2() -> Option<&'static Tokenizer> {
 /// Little stories in the manner of the quickstart corpus.
 fn stories(count: u64) -> impl Iterator<Item = String> {
     const TOWNS: [&str; 12] = [
-        "Oslo", "Rome", "Lima", "Bern", "Paris", "Cairo", "Delhi", "Kyoto", "Quito", "Turin", "Minsk", "Sofia",
+        "Oslo", "Rome", "Lima", "Bern", "Paris", "Cairo", "Delhi", "Kyoto", "Quito", "Turin", "Minsk",
+        "Sofia",
     ];
     const SIGHTS: [&str; 6] = ["zoo", "lake", "beach", "castle", "theater", "garden"];
     const PEOPLE: [&str; 6] = ["Ann", "Bob", "Carl", "Dora", "Emil", "Gus"];
@@ -68,7 +71,9 @@ proptest! {
 
 #[test]
 fn real_text_is_spelled_exactly_by_every_byte_level_tokenizer() {
-    let text = "To be, or not to be: that is the question.\r\n\r\n  Whether 'tis nobler…\tnaïve 数学 🙂 \u{202e}x ".repeat(50);
+    let text =
+        "To be, or not to be: that is the question.\r\n\r\n  Whether 'tis nobler…\tnaïve 数学 🙂 \u{202e}x "
+            .repeat(50);
     for tokenizer in GOLDEN.iter().chain([&GPT2]).filter_map(|name| shared(name)).chain(Some(quick())) {
         let ids = tokenizer.encode_document(&text).unwrap();
         assert_eq!(tokenizer.decode_bytes(&ids), text.as_bytes(), "{tokenizer:?}");
@@ -78,6 +83,48 @@ fn real_text_is_spelled_exactly_by_every_byte_level_tokenizer() {
 
 fn quick() -> Tokenizer {
     train_byte_level_bpe(stories(50), 300).unwrap()
+}
+
+/// The text column of a shared parquet file.
+fn shared_texts(file: &str) -> Vec<String> {
+    use parquet::file::reader::{FileReader, SerializedFileReader};
+    use parquet::record::RowAccessor;
+    let path = Path::new(SHARED).join("corpora").join(file);
+    let Ok(opened) = std::fs::File::open(&path) else {
+        println!("SKIPPED: {} is absent", path.display());
+        return Vec::new();
+    };
+    let reader = SerializedFileReader::new(opened).unwrap();
+    let column = |row: &parquet::record::Row| {
+        let (index, _) = row.get_column_iter().enumerate().find(|(_, (name, _))| *name == "text").unwrap();
+        row.get_string(index).unwrap().clone()
+    };
+    reader.get_row_iter(None).unwrap().map(|row| column(&row.unwrap())).collect()
+}
+
+#[test]
+fn whole_corpora_are_spelled_exactly() {
+    let tokenizers: Vec<&Tokenizer> = gpt2().into_iter().chain([trained()]).collect();
+    for file in ["tinyshakespeare.parquet", "omnimath-valid.parquet"] {
+        for text in shared_texts(file) {
+            for tokenizer in &tokenizers {
+                let ids = tokenizer.encode_document(&text).unwrap();
+                assert_eq!(tokenizer.decode_bytes(&ids), text.as_bytes(), "{file}");
+                assert_eq!(ids, tokenizer.encode_control(&text).unwrap(), "{file}");
+            }
+        }
+    }
+}
+
+#[test]
+fn long_runs_without_a_word_boundary_encode() {
+    for tokenizer in gpt2().into_iter().chain([trained()]) {
+        for unit in ["a", " ", "\n", "=", "é"] {
+            let text = unit.repeat(200_000);
+            let ids = tokenizer.encode_document(&text).unwrap();
+            assert_eq!(tokenizer.decode_bytes(&ids), text.as_bytes());
+        }
+    }
 }
 
 #[test]
@@ -149,10 +196,11 @@ fn rayon_pool(threads: usize) -> impl Fn(Job) -> String {
 /// The library's own trainer on a corpus where no two pairs are equally frequent.
 #[test]
 fn training_merges_what_the_tokenizers_library_merges() {
+    use tokenizers::Trainer;
     use tokenizers::models::bpe::{BPE, BpeTrainer};
-    use tokenizers::{Model, Trainer};
     let words = [("abab", 3), ("abc", 101), ("bcd", 1009), ("xyz", 10_007), ("yz", 100_003), ("q", 7)];
-    let documents: Vec<String> = words.iter().map(|(word, count)| format!("\n{word}").repeat(*count)).collect();
+    let documents: Vec<String> =
+        words.iter().map(|(word, count)| format!("\n{word}").repeat(*count)).collect();
     let mine = train_byte_level_bpe(documents.clone().into_iter(), 266).unwrap();
     let mut trainer = BpeTrainer::builder().vocab_size(10).show_progress(false).build();
     trainer.feed(documents.iter(), |text| Ok(text.split('\n').map(str::to_owned).collect())).unwrap();
@@ -233,7 +281,10 @@ fn the_model_must_have_room_for_every_id() {
     tokenizer.check_vocabulary(tokenizer.vocab_size()).unwrap();
     tokenizer.check_vocabulary(1 << 20).unwrap();
     let message = tokenizer.check_vocabulary(300).unwrap_err().to_string();
-    assert!(message.contains("300") && message.contains(&(tokenizer.vocab_size() - 1).to_string()), "{message}");
+    assert!(
+        message.contains("300") && message.contains(&(tokenizer.vocab_size() - 1).to_string()),
+        "{message}"
+    );
 }
 
 /// Loads a tokenizer.json written out here.
@@ -249,11 +300,13 @@ fn added(id: u32, content: &str, special: bool) -> serde_json::Value {
                        "normalized": false, "special": special})
 }
 
-/// SentencePiece style with the control tokens inside the vocabulary, where any text would find them.
+/// `SentencePiece` style with the control tokens inside the vocabulary, where any text would find them.
 fn unigram() -> serde_json::Value {
     let mut vocab = vec![serde_json::json!(["<unk>", 0.0]), serde_json::json!(["</s>", 0.0])];
     vocab.extend((0..=255).map(|byte| serde_json::json!([format!("<0x{byte:02X}>"), -20.0])));
-    vocab.extend(["▁", "▁hello", "h", "e", "l", "o", "<", "/", "s", ">"].map(|piece| serde_json::json!([piece, -2.0])));
+    vocab.extend(
+        ["▁", "▁hello", "h", "e", "l", "o", "<", "/", "s", ">"].map(|piece| serde_json::json!([piece, -2.0])),
+    );
     let metaspace = serde_json::json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": true});
     serde_json::json!({
         "version": "1.0", "truncation": {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
@@ -289,7 +342,10 @@ fn unusable_tokenizers_are_refused_with_a_reason() {
     let wordpiece = serde_json::json!({"type": "WordPiece", "vocab": {}, "unk_token": "a"});
     assert!(matches!(with("/model", wordpiece), Err(TokenizeError::Unsupported { .. })));
     let moved = serde_json::json!([added(7, "<unk>", true)]);
-    assert!(matches!(with("/added_tokens", moved), Err(TokenizeError::MovedToken { declared: 7, actual: 0, .. })));
+    assert!(matches!(
+        with("/added_tokens", moved),
+        Err(TokenizeError::MovedToken { declared: 7, actual: 0, .. })
+    ));
     let mut undecodable = unigram();
     undecodable["decoder"] = serde_json::Value::Null;
     undecodable["pre_tokenizer"] = serde_json::Value::Null;

@@ -9,6 +9,7 @@ use crate::corpus::{Document, Mark};
 use crate::tokenize::Tokenizer;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::Path;
 
 /// Tokens after the end of a piece that are kept, so that the truth of its last positions is known.
@@ -64,7 +65,10 @@ impl TaskBuilder<'_> {
     ) -> Result<Manifest, crate::Error> {
         let mut writer = ShardWriter::create(directory, fingerprints, self.settings.documents_per_shard)?;
         let mut counts = TaskCounts::new(self.settings.top_k);
-        let limit = self.settings.max_documents.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
+        let limit = self
+            .settings
+            .max_documents
+            .map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
         let mut documents = documents.into_iter().take(limit);
         let mut waiting = Vec::new();
         loop {
@@ -122,7 +126,12 @@ impl TaskBuilder<'_> {
     }
 
     /// Labels by the index of the token that starts at each mark.
-    fn place_marks(&self, document: &Document, tokens: &[u32], counts: &mut TaskCounts) -> BTreeMap<u32, String> {
+    fn place_marks(
+        &self,
+        document: &Document,
+        tokens: &[u32],
+        counts: &mut TaskCounts,
+    ) -> BTreeMap<u32, String> {
         let mut marks = BTreeMap::new();
         let Some(starts) = self.token_starts(&document.text, tokens) else {
             counts.respelled_documents += 1;
@@ -131,12 +140,12 @@ impl TaskBuilder<'_> {
         };
         for Mark { offset, label } in &document.marks {
             let index = starts.partition_point(|start| start < offset);
-            if starts.get(index) != Some(offset) {
-                counts.dropped.marks_off_boundary += 1;
-            } else if marks.contains_key(&(index as u32)) {
-                counts.dropped.marks_repeated += 1;
-            } else {
-                marks.insert(index as u32, label.clone());
+            match marks.entry(index as u32) {
+                _ if starts.get(index) != Some(offset) => counts.dropped.marks_off_boundary += 1,
+                Entry::Occupied(_) => counts.dropped.marks_repeated += 1,
+                Entry::Vacant(free) => {
+                    free.insert(label.clone());
+                }
             }
         }
         marks
@@ -164,7 +173,8 @@ impl TaskBuilder<'_> {
 
     /// Lets a piece wait for the proxy; returns those that waited when they fill a call.
     fn enqueue(&self, piece: Piece, waiting: &mut Vec<Piece>, counts: &mut TaskCounts) -> Option<Vec<Piece>> {
-        let needed = if self.keep_marked && !piece.marks.is_empty() { 1 } else { self.settings.min_context.max(1) };
+        let needed =
+            if self.keep_marked && !piece.marks.is_empty() { 1 } else { self.settings.min_context.max(1) };
         if piece.own <= needed {
             counts.dropped.pieces_too_short += 1;
             counts.dropped.tokens_before_min_context += piece.own as u64;
@@ -201,7 +211,12 @@ impl TaskBuilder<'_> {
     }
 
     /// Chooses the positions of a scored piece.
-    fn select(&self, piece: Piece, scores: &[PositionScore], counts: &mut TaskCounts) -> Option<TaskDocument> {
+    fn select(
+        &self,
+        piece: Piece,
+        scores: &[PositionScore],
+        counts: &mut TaskCounts,
+    ) -> Option<TaskDocument> {
         let rule = Rule { settings: self.settings, seed: self.seed, keep_marked: self.keep_marked };
         let positions = rule.choose(&Scored { id: &piece.id, scores, marks: &piece.marks }, counts);
         let marked = positions.iter().filter(|position| position.label.is_some()).count();

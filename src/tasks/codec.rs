@@ -2,7 +2,7 @@
 
 use super::{Fingerprints, Position, SCHEMA_VERSION, TaskDocument};
 use arrow::array::{
-    Array, ArrayRef, AsArray, Float32Builder, GenericStringArray, ListArray, ListBuilder, RecordBatch, StringArray,
+    Array, ArrayRef, AsArray, Float32Builder, ListArray, ListBuilder, RecordBatch, StringArray,
     StringBuilder, UInt32Builder,
 };
 use arrow::datatypes::{ArrowPrimitiveType, DataType, Field, Float32Type, Schema, UInt32Type};
@@ -71,7 +71,10 @@ fn real_lists(documents: &[TaskDocument], of: fn(&Position) -> f32) -> ArrayRef 
 fn label_lists(documents: &[TaskDocument]) -> ArrayRef {
     let mut lists = ListBuilder::new(StringBuilder::new());
     for document in documents {
-        document.positions.iter().for_each(|position| lists.values().append_option(position.label.as_deref()));
+        document
+            .positions
+            .iter()
+            .for_each(|position| lists.values().append_option(position.label.as_deref()));
         lists.append(true);
     }
     Arc::new(lists.finish())
@@ -138,6 +141,6 @@ fn primitives<T: ArrowPrimitiveType>(values: &ArrayRef) -> Result<Vec<T::Native>
     Ok(values.values().to_vec())
 }
 
-fn strings(values: &dyn Array) -> Result<&GenericStringArray<i32>, String> {
+fn strings(values: &dyn Array) -> Result<&StringArray, String> {
     values.as_string_opt().ok_or_else(|| "a column is not text".into())
 }

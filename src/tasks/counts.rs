@@ -130,7 +130,8 @@ impl EntropyHistogram {
                 "half of the positions have an entropy up to {half:.2} nats, 90 % up to {most:.2}, 99 % up to \
                  {nearly_all:.2}: set `tasks.min_entropy` and `tasks.max_entropy` accordingly"
             ),
-            _ => "no position has `tasks.min_context` tokens before it: use longer documents or lower it".into(),
+            _ => "no position has `tasks.min_context` tokens before it: use longer documents or lower it"
+                .into(),
         }
     }
 }

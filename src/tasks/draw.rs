@@ -18,7 +18,7 @@ pub(super) fn word_of(name: &str) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), applied to `value` plus its increment.
+/// The finaliser of `SplitMix64` (Steele, Lea and Flood, OOPSLA 2014), applied to `value` plus its increment.
 fn finalise(value: u64) -> u64 {
     let mut z = value.wrapping_add(0x9E37_79B9_7F4A_7C15);
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

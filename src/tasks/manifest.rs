@@ -62,7 +62,8 @@ impl Manifest {
             read => read.map_err(TasksError::io(&path))?,
         };
         let damaged = |what: String| TasksError::damaged(&path, what);
-        let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+        let value: serde_json::Value =
+            serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
         let version = value["schema_version"].as_u64().ok_or_else(|| damaged("no schema version".into()))?;
         if version != u64::from(SCHEMA_VERSION) {
             return Err(TasksError::Version { path, found: u32::try_from(version).unwrap_or(u32::MAX) });
@@ -137,7 +138,9 @@ pub(super) fn clear(directory: &Path) -> Result<(), TasksError> {
     std::fs::create_dir_all(directory).map_err(TasksError::io(directory))?;
     let manifest = directory.join(FILE_NAME);
     match std::fs::remove_file(&manifest) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(TasksError::io(&manifest)(error)),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(TasksError::io(&manifest)(error));
+        }
         _ => {}
     }
     for entry in std::fs::read_dir(directory).map_err(TasksError::io(directory))? {
@@ -152,5 +155,6 @@ pub(super) fn clear(directory: &Path) -> Result<(), TasksError> {
 fn is_shard_or_partial(name: &str) -> bool {
     let complete = name.strip_suffix(".partial").unwrap_or(name);
     let number = complete.strip_prefix("tasks-").and_then(|rest| rest.strip_suffix(".arrow"));
-    number.is_some_and(|number| number.bytes().all(|digit| digit.is_ascii_digit())) || name == "tasks.json.partial"
+    number.is_some_and(|number| number.bytes().all(|digit| digit.is_ascii_digit()))
+        || name == "tasks.json.partial"
 }

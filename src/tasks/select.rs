@@ -141,8 +141,12 @@ impl Rule<'_> {
         }
         counts.entropy.add(score.entropy);
         match settings.selection {
-            Selection::Entropy if score.entropy <= settings.min_entropy => Some(&mut dropped.tokens_below_min_entropy),
-            Selection::Entropy if score.entropy >= settings.max_entropy => Some(&mut dropped.tokens_above_max_entropy),
+            Selection::Entropy if score.entropy <= settings.min_entropy => {
+                Some(&mut dropped.tokens_below_min_entropy)
+            }
+            Selection::Entropy if score.entropy >= settings.max_entropy => {
+                Some(&mut dropped.tokens_above_max_entropy)
+            }
             Selection::Random if !self.is_drawn(document, index) => Some(&mut dropped.tokens_not_drawn),
             Selection::Entropy | Selection::Random | Selection::All => None,
         }
@@ -211,10 +215,18 @@ mod tests {
     }
 
     fn scores(entropies: &[f32]) -> Vec<PositionScore> {
-        entropies.iter().map(|&entropy| PositionScore { entropy, truth_probability: 0.5, proxy_top: 1 }).collect()
+        entropies
+            .iter()
+            .map(|&entropy| PositionScore { entropy, truth_probability: 0.5, proxy_top: 1 })
+            .collect()
     }
 
-    fn chosen(settings: &TasksConfig, seed: u64, keep_marked: bool, scores: &[PositionScore]) -> (Vec<u32>, TaskCounts) {
+    fn chosen(
+        settings: &TasksConfig,
+        seed: u64,
+        keep_marked: bool,
+        scores: &[PositionScore],
+    ) -> (Vec<u32>, TaskCounts) {
         let marks = BTreeMap::from([(1, "one".to_owned()), (3, "three".to_owned())]);
         let mut counts = TaskCounts::new(16);
         let rule = Rule { settings, seed, keep_marked };
@@ -224,7 +236,8 @@ mod tests {
 
     #[test]
     fn the_entropy_band_is_open_at_both_ends() {
-        let settings = TasksConfig { min_context: 2, min_entropy: 1.0, max_entropy: 2.0, ..TasksConfig::default() };
+        let settings =
+            TasksConfig { min_context: 2, min_entropy: 1.0, max_entropy: 2.0, ..TasksConfig::default() };
         let scores = scores(&[1.5, 1.5, 1.0, 1.1, 2.0, 1.9, 0.1, f32::NAN]);
         let (positions, counts) = chosen(&settings, 0, false, &scores);
         assert_eq!(positions, [3, 5]);
@@ -243,7 +256,9 @@ mod tests {
             let (positions, counts) = chosen(&settings, seed, false, &scores);
             assert_eq!(positions, chosen(&settings, seed, false, &scores).0);
             assert_eq!((positions.len(), counts.dropped.tokens_over_document_limit), (8, 92));
-            positions.iter().for_each(|&index| hits[index as usize] += 1);
+            for index in positions {
+                hits[index as usize] += 1;
+            }
         }
         assert!(hits[1..].iter().all(|&count| (15..75).contains(&count)), "{hits:?}");
     }

@@ -98,7 +98,11 @@ impl TaskShards {
     }
 }
 
-fn check_fingerprints(directory: &Path, found: &Fingerprints, expected: &Fingerprints) -> Result<(), TasksError> {
+fn check_fingerprints(
+    directory: &Path,
+    found: &Fingerprints,
+    expected: &Fingerprints,
+) -> Result<(), TasksError> {
     let pairs = [
         ("tokenizer", &found.tokenizer, &expected.tokenizer),
         ("prompt template", &found.template, &expected.template),
@@ -150,8 +154,10 @@ impl Shard {
         let (batch, row) = (row / ROWS_PER_BATCH, row % ROWS_PER_BATCH);
         let document = contained(&self.path, || {
             let block = &self.blocks[batch];
-            let data = block_bytes(&self.bytes, block).ok_or_else(|| damaged("a block lies outside of the file"))?;
-            let batch = self.decoder.read_record_batch(block, &data)?.ok_or_else(|| damaged("a block is empty"))?;
+            let data =
+                block_bytes(&self.bytes, block).ok_or_else(|| damaged("a block lies outside of the file"))?;
+            let batch =
+                self.decoder.read_record_batch(block, &data)?.ok_or_else(|| damaged("a block is empty"))?;
             if row >= batch.num_rows() {
                 return Err(damaged("a block has too few rows"));
             }
@@ -170,7 +176,8 @@ fn map(file: &File) -> std::io::Result<Buffer> {
     // SAFETY: a shard is never written to once it has its name (the writer renames it complete),
     // so the mapped bytes do not change underneath the references.
     let mapping = Arc::new(unsafe { Mmap::map(file)? });
-    let start = NonNull::new(mapping.as_ptr().cast_mut()).ok_or_else(|| std::io::Error::other("empty mapping"))?;
+    let start =
+        NonNull::new(mapping.as_ptr().cast_mut()).ok_or_else(|| std::io::Error::other("empty mapping"))?;
     // SAFETY: `start` is valid for the mapping's length, and the buffer owns the mapping. Arrow
     // buffers are read-only, so the bytes are never written through the pointer.
     Ok(unsafe { Buffer::from_custom_allocation(start, mapping.len(), mapping) })
@@ -190,7 +197,8 @@ type Footer = (Schema, FileDecoder, Vec<Block>);
 fn read_footer(bytes: &Buffer, expected: &Arc<Schema>) -> Result<Footer, ArrowError> {
     let (body, trailer) = bytes.split_last_chunk::<TRAILER>().ok_or_else(|| damaged("it is too short"))?;
     let length = read_footer_length(*trailer)?;
-    let start = body.len().checked_sub(length).ok_or_else(|| damaged("its footer is longer than the file"))?;
+    let start =
+        body.len().checked_sub(length).ok_or_else(|| damaged("its footer is longer than the file"))?;
     let footer = root_as_footer(&body[start..]).map_err(|error| ArrowError::IpcError(error.to_string()))?;
     let schema = convert::try_fb_to_schema(footer.schema().ok_or_else(|| damaged("it has no schema"))?)?;
     let blocks = footer.recordBatches().ok_or_else(|| damaged("it has no record batches"))?;

@@ -43,7 +43,12 @@ impl TaskStream {
         let positions = document.positions.len() as u64;
         if cursor.position >= positions {
             let path = shards.directory().to_owned();
-            return Err(TasksError::OutOfRange { path, what: "position", index: cursor.position, count: positions });
+            return Err(TasksError::OutOfRange {
+                path,
+                what: "position",
+                index: cursor.position,
+                count: positions,
+            });
         }
         Ok(Self { shards, seed, cursor, document })
     }

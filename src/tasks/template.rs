@@ -29,7 +29,7 @@ const KNOWN_FORMATS: [(&str, &str, &str); 3] = [
 ];
 
 impl ChatFormat {
-    /// The format that a tokenizer's control tokens tell (`ChatML`, DeepSeek R1, Llama 3), or else
+    /// The format that a tokenizer's control tokens tell (`ChatML`, `DeepSeek` R1, Llama 3), or else
     /// plain words with an opened thought.
     pub fn of(tokenizer: &Tokenizer) -> Self {
         let known = KNOWN_FORMATS.iter().find(|(token, ..)| tokenizer.id_of(token).is_some());
@@ -60,7 +60,10 @@ impl PromptTemplate {
         chat: &ChatFormat,
     ) -> Result<Self, TokenizeError> {
         let Some(words) = words(name) else {
-            return Ok(Self { header: special.bos.into_iter().collect(), footer: tokenizer.encode_control(THINK)? });
+            return Ok(Self {
+                header: special.bos.into_iter().collect(),
+                footer: tokenizer.encode_control(THINK)?,
+            });
         };
         let before = format!("{}{}", chat.user_start, words.before);
         let after = format!("{}{}", words.after, chat.user_end_and_assistant_start);
@@ -81,9 +84,9 @@ impl PromptTemplate {
         let mut hasher = blake3::Hasher::new();
         for part in [&self.header, &self.footer] {
             hasher.update(&(part.len() as u64).to_le_bytes());
-            part.iter().for_each(|token| {
+            for token in part {
                 hasher.update(&token.to_le_bytes());
-            });
+            }
         }
         hasher.finalize().to_hex().to_string()
     }
@@ -182,14 +185,18 @@ mod tests {
 
     #[test]
     fn templates_differ() {
-        let texts: std::collections::BTreeSet<String> =
-            INSTRUCTIONS.iter().map(|&name| words(name).unwrap()).map(|words| words.before + &words.after).collect();
+        let texts: std::collections::BTreeSet<String> = INSTRUCTIONS
+            .iter()
+            .map(|&name| words(name).unwrap())
+            .map(|words| words.before + &words.after)
+            .collect();
         assert_eq!(texts.len(), INSTRUCTIONS.len());
     }
 
     #[test]
     fn fingerprints_see_where_the_context_goes() {
-        let template = |header: &[u32], footer: &[u32]| PromptTemplate { header: header.into(), footer: footer.into() };
+        let template =
+            |header: &[u32], footer: &[u32]| PromptTemplate { header: header.into(), footer: footer.into() };
         assert_ne!(template(&[1, 2], &[3]).fingerprint(), template(&[1], &[2, 3]).fingerprint());
         assert_eq!(template(&[1], &[3]).prompt(&[7, 8]), [1, 7, 8, 3]);
     }

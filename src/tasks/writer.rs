@@ -118,7 +118,8 @@ impl ShardWriter {
         shard.writer.finish().map_err(write_error(&shard.partial))?;
         let output = shard.writer.into_inner().map_err(write_error(&shard.partial))?;
         let (checksum, bytes) = (output.hasher.finalize().to_hex().to_string(), output.bytes);
-        let file = output.inner.into_inner().map_err(|error| TasksError::io(&shard.partial)(error.into_error()))?;
+        let file =
+            output.inner.into_inner().map_err(|error| TasksError::io(&shard.partial)(error.into_error()))?;
         file.sync_all().map_err(TasksError::io(&shard.partial))?;
         manifest::publish(&shard.partial, &shard.path)?;
         let file = manifest::shard_name(self.finished.len());

@@ -7,11 +7,11 @@ use serde_json::Value;
 pub(super) enum Spelling {
     /// One character per byte, after GPT-2's table.
     ByteLevel,
-    /// `▁` for a space, `<0xNN>` for a byte without a piece of its own (SentencePiece).
+    /// `▁` for a space, `<0xNN>` for a byte without a piece of its own (`SentencePiece`).
     Metaspace,
 }
 
-/// A space in SentencePiece's spelling.
+/// A space in `SentencePiece`'s spelling.
 pub(super) const METASPACE: char = '▁';
 
 impl Spelling {
@@ -50,7 +50,8 @@ fn collect_kinds(part: &Value, kinds: &mut Vec<String>) {
     if let Some(kind) = part["type"].as_str() {
         let metaspace = METASPACE.to_string();
         let replaces = kind == "Replace" && part["pattern"]["String"] == metaspace.as_str();
-        let other_mark = kind == "Metaspace" && part["replacement"].as_str().is_some_and(|mark| mark != metaspace);
+        let other_mark =
+            kind == "Metaspace" && part["replacement"].as_str().is_some_and(|mark| mark != metaspace);
         kinds.push(match (replaces, other_mark) {
             (true, _) => "Metaspace".to_owned(),
             (_, true) => format!("Metaspace with `{}`", part["replacement"]),
@@ -171,7 +172,10 @@ mod tests {
     #[test]
     fn ids_outside_of_the_table_have_no_bytes() {
         let table = ByteTable::new([b"ab".as_slice(), b"", b"c"].into_iter());
-        assert_eq!((table.get(0), table.get(1), table.get(2)), (b"ab".as_slice(), b"".as_slice(), b"c".as_slice()));
+        assert_eq!(
+            (table.get(0), table.get(1), table.get(2)),
+            (b"ab".as_slice(), b"".as_slice(), b"c".as_slice())
+        );
         assert_eq!(table.get(3), b"");
         assert_eq!(table.get(u32::MAX), b"");
     }

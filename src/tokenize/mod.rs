@@ -107,17 +107,23 @@ impl TokenizeError {
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                 Some("point `tokenizer.path` at a tokenizer.json, or give `[tokenizer.train]`".into())
             }
-            Self::Malformed { .. } => {
-                Some("a `tokenizer.json` as the Hugging Face `tokenizers` library writes it is expected".into())
-            }
+            Self::Malformed { .. } => Some(
+                "a `tokenizer.json` as the Hugging Face `tokenizers` library writes it is expected".into(),
+            ),
             Self::Unsupported { .. } => Some(
                 "byte-level BPE (GPT-2, Llama 3, Qwen, DeepSeek) and SentencePiece-style BPE or Unigram \
                  tokenizers are supported"
                     .into(),
             ),
-            Self::MovedToken { .. } => Some("save the tokenizer again with a current `tokenizers` library".into()),
-            Self::UnknownToken { .. } => Some("check `tokenizer.eos` and `tokenizer.bos` against tokenizer.json".into()),
-            Self::NoEndToken { .. } => Some("set `tokenizer.eos` to the text of the token that ends a reply".into()),
+            Self::MovedToken { .. } => {
+                Some("save the tokenizer again with a current `tokenizers` library".into())
+            }
+            Self::UnknownToken { .. } => {
+                Some("check `tokenizer.eos` and `tokenizer.bos` against tokenizer.json".into())
+            }
+            Self::NoEndToken { .. } => {
+                Some("set `tokenizer.eos` to the text of the token that ends a reply".into())
+            }
             Self::VocabularyMismatch { .. } => {
                 Some("model and tokenizer do not belong together: take both from one directory".into())
             }

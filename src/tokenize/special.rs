@@ -19,7 +19,7 @@ const WELL_KNOWN_ENDS: [&str; 6] = ["<|im_end|>", "<|eot_id|>", END, "</s>", "<|
 
 impl SpecialTokens {
     /// Finds the special tokens: those the pipeline names; else what the files beside the
-    /// tokenizer say (tokenizer_config.json, then config.json, then generation_config.json);
+    /// tokenizer say (`tokenizer_config.json`, then `config.json`, then `generation_config.json`);
     /// else a well-known name. `bos` is what the tokenizer itself puts before a text.
     ///
     /// # Errors
@@ -28,7 +28,9 @@ impl SpecialTokens {
         let files = Beside::read(tokenizer.path())?;
         let eos = match &config.eos {
             Some(name) => Some(named(tokenizer, name, "tokenizer.eos")?),
-            None => files.eos(tokenizer)?.or_else(|| WELL_KNOWN_ENDS.iter().find_map(|name| tokenizer.id_of(name))),
+            None => files
+                .eos(tokenizer)?
+                .or_else(|| WELL_KNOWN_ENDS.iter().find_map(|name| tokenizer.id_of(name))),
         };
         let bos = match &config.bos {
             Some(name) => Some(named(tokenizer, name, "tokenizer.bos")?),
@@ -94,7 +96,9 @@ fn read_json(path: &Path) -> Result<Value, TokenizeError> {
     match std::fs::read(path) {
         Ok(bytes) => serde_json::from_slice(&bytes)
             .map_err(|error| TokenizeError::Malformed { path: path.to_owned(), message: error.to_string() }),
-        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
+        Err(error)
+            if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) =>
+        {
             Ok(Value::Null)
         }
         Err(error) => Err(TokenizeError::io(path)(error)),

@@ -1,9 +1,9 @@
 //! The tokenizer: two encoders over one vocabulary, and the bytes of every id.
 
+use super::TokenizeError;
 use super::bytes::{ByteTable, Spelling};
 use super::literal::{is_control, remove_lossy_settings, without_control_tokens};
 use super::special::SpecialTokens;
-use super::{TokenizeError, train};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer as Encoder;
@@ -158,14 +158,6 @@ impl Tokenizer {
         write_whole(&directory.join("tokenizer.json"), &self.json)?;
         write_whole(&directory.join("tokenizer_config.json"), format!("{config:#}\n").as_bytes())
     }
-
-    /// Trains a byte-level BPE; see [`train::train_byte_level_bpe`].
-    ///
-    /// # Errors
-    /// As that function.
-    pub fn train(documents: impl Iterator<Item = String>, vocab_size: usize) -> Result<Self, TokenizeError> {
-        train::train_byte_level_bpe(documents, vocab_size)
-    }
 }
 
 fn encoder(json: &Value) -> Result<Encoder, String> {
@@ -197,10 +189,17 @@ fn check_model(json: &Value) -> Result<(), String> {
 /// The library numbers added tokens in order of appearance, whatever ids they declare.
 fn check_added_ids(path: &Path, json: &Value, encoder: &Encoder) -> Result<(), TokenizeError> {
     for added in json["added_tokens"].as_array().into_iter().flatten() {
-        let (Some(token), Some(declared)) = (added["content"].as_str(), added["id"].as_u64()) else { continue };
+        let (Some(token), Some(declared)) = (added["content"].as_str(), added["id"].as_u64()) else {
+            continue;
+        };
         let actual = encoder.token_to_id(token).map(u64::from);
         if let Some(actual) = actual.filter(|&actual| actual != declared) {
-            return Err(TokenizeError::MovedToken { path: path.to_owned(), token: token.to_owned(), declared, actual });
+            return Err(TokenizeError::MovedToken {
+                path: path.to_owned(),
+                token: token.to_owned(),
+                declared,
+                actual,
+            });
         }
     }
     Ok(())

@@ -100,10 +100,12 @@ impl Trainer {
         let specials = SPECIAL_TOKENS.iter().map(ToString::to_string);
         let tokens: Vec<String> = specials.chain(alphabet.into_iter().map(String::from)).collect();
         let ids: HashMap<String, u32> = tokens.iter().cloned().zip(0..).collect();
-        let spell = |word: &String| word.chars().filter_map(|c| ids.get(c.to_string().as_str()).copied()).collect();
+        let spell =
+            |word: &String| word.chars().filter_map(|c| ids.get(c.to_string().as_str()).copied()).collect();
         let words = words.iter().map(|(word, &count)| (spell(word), count)).collect();
         let (counts, places) = (HashMap::new(), HashMap::new());
-        let mut trainer = Self { words, tokens, ids, merges: vec![], counts, places, queue: BinaryHeap::new() };
+        let mut trainer =
+            Self { words, tokens, ids, merges: vec![], counts, places, queue: BinaryHeap::new() };
         let mut changed = BTreeSet::new();
         for index in 0..trainer.words.len() {
             trainer.add_pairs(index, &mut changed);
@@ -197,8 +199,10 @@ fn tokenizer_json(tokens: &[String], merges: &[Pair]) -> Value {
     let vocab: Map<String, Value> = tokens.iter().cloned().zip((0..tokens.len()).map(Value::from)).collect();
     let name = |id: u32| tokens[id as usize].as_str();
     let merges: Vec<Value> = merges.iter().map(|&(left, right)| json!([name(left), name(right)])).collect();
-    let added: Vec<Value> = SPECIAL_TOKENS.iter().enumerate().map(|(id, token)| added_token(id, token)).collect();
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let added: Vec<Value> =
+        SPECIAL_TOKENS.iter().enumerate().map(|(id, token)| added_token(id, token)).collect();
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let bos = json!({"SpecialToken": {"id": BOS, "type_id": 0}});
     let text = |id: &str, type_id: u8| json!({"Sequence": {"id": id, "type_id": type_id}});
     json!({
