@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod corpus;
 mod error;
+pub mod eval;
 pub mod kernels;
 pub mod ledger;
 pub mod model;
