@@ -5,6 +5,7 @@ use crate::config::ConfigError;
 use crate::corpus::CorpusError;
 use crate::ledger::LedgerError;
 use crate::model::ModelError;
+use crate::pipeline::PipelineError;
 use crate::report::ReportError;
 use crate::tasks::TasksError;
 use crate::tokenize::TokenizeError;
@@ -43,6 +44,9 @@ pub enum Error {
     /// An update failed.
     #[error(transparent)]
     Train(#[from] TrainError),
+    /// A run stopped between its parts.
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
 }
 
 impl Error {
@@ -58,6 +62,17 @@ impl Error {
             Self::Ledger(error) => error.hint(),
             Self::Report(error) => error.hint(),
             Self::Train(error) => error.hint(),
+            Self::Pipeline(error) => error.hint(),
+        }
+    }
+
+    /// Exit code for scripts: 2 for a pipeline file that must change, 75 for an interrupted run
+    /// that goes on when it is run again, 1 for everything else.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) => 2,
+            Self::Pipeline(PipelineError::Interrupted { .. }) => 75,
+            _ => 1,
         }
     }
 }

@@ -12,6 +12,7 @@ pub mod eval;
 pub mod kernels;
 pub mod ledger;
 pub mod model;
+pub mod pipeline;
 pub mod random;
 pub mod report;
 pub mod reward;

@@ -114,7 +114,15 @@ impl DecoderConfig {
             std::fs::read_to_string(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
         let value: Value = serde_json::from_str(&text)
             .map_err(|error| ModelError::Config { path: path.clone(), message: error.to_string() })?;
-        Reader { path: &path, value: &value }.config()
+        Self::from_json(&path, &value)
+    }
+
+    /// Checks the contents of a config.json; `path` names it in messages.
+    ///
+    /// # Errors
+    /// As [`DecoderConfig::load`], less reading.
+    pub fn from_json(path: &Path, value: &Value) -> Result<Self, ModelError> {
+        Reader { path, value }.config()
     }
 
     /// config.json as transformers reads it.
@@ -131,7 +139,7 @@ impl DecoderConfig {
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": self.max_positions,
-            "rms_norm_eps": f64::from(self.norm_epsilon.to_string().parse::<f32>().unwrap_or(self.norm_epsilon)),
+            "rms_norm_eps": self.norm_epsilon.to_string().parse::<f64>().unwrap_or(f64::from(self.norm_epsilon)),
             "rope_theta": self.rope_theta,
             "attention_bias": self.attention_bias,
             "tie_word_embeddings": self.tied,

@@ -4,6 +4,7 @@ use super::sampler::{Draw, Sampling, draw};
 use super::{Finish, Prompt, Rollout};
 use crate::model::{Decoder, Extension, Forest, KvCache, ModelError, NodeId, Workspace};
 use crate::random::Stream;
+use crate::tokenize::Tokenizer;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,8 +22,8 @@ pub struct StopRule<'a> {
     pub eos: &'a [u32],
     /// Stop strings.
     pub strings: &'a [String],
-    /// Bytes of each token, by id (needed for stop strings only).
-    pub token_bytes: &'a (dyn Fn(u32) -> Vec<u8> + Sync),
+    /// Spells tokens, for stop strings.
+    pub tokenizer: &'a Tokenizer,
     /// Longest reply in tokens.
     pub max_new_tokens: usize,
 }
@@ -34,7 +35,7 @@ impl StopRule<'_> {
             return Some(Finish::Eos);
         }
         if !self.strings.is_empty() {
-            text.extend((self.token_bytes)(last));
+            text.extend_from_slice(self.tokenizer.token_bytes(last));
             if self.strings.iter().any(|stop| text.ends_with(stop.as_bytes())) {
                 return Some(Finish::Stop);
             }

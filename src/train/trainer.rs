@@ -81,7 +81,8 @@ pub struct Totals {
 }
 
 impl Totals {
-    fn absorb(&mut self, other: &Self) {
+    /// Adds the sums of another part of the same step.
+    pub fn absorb(&mut self, other: &Self) {
         self.policy_loss += other.policy_loss;
         self.likelihood_loss += other.likelihood_loss;
         self.policy_tokens += other.policy_tokens;

@@ -1,0 +1,230 @@
+//! A run directory seen from outside: models, verification, evaluation, report.
+
+use super::error::PipelineError;
+use super::evaluate::Evaluator;
+use super::materials::{Vocabulary, initial_decoder};
+use super::run::{Paths, Run, resolved_text};
+use super::stage::{STAGES, read_decoder};
+use super::summary::{has_checkpoints, report_again};
+use crate::checkpoint::{CheckpointStore, StoreReport};
+use crate::config::{Loaded, Pipeline, parse};
+use crate::error::Error;
+use crate::ledger::{LedgerReport, LedgerSnapshot};
+use crate::model::Decoder;
+use crate::report::Log;
+use crate::tasks::TaskShards;
+use crate::tokenize::{SpecialTokens, Tokenizer};
+use serde::Serialize;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// A run directory.
+pub struct RunDirectory {
+    paths: Paths,
+    pipeline: Pipeline,
+}
+
+/// What `rpt verify` found.
+#[derive(Debug, Serialize)]
+pub struct VerifyReport {
+    /// The run directory.
+    pub run: PathBuf,
+    /// Checkpoints of each stage.
+    pub checkpoints: Vec<StoreReport>,
+    /// The ledger, once the reinforcement stage has begun.
+    pub ledger: Option<LedgerReport>,
+    /// Task shards with wrong checksums.
+    pub damaged_tasks: Vec<String>,
+    /// Nothing is wrong.
+    pub intact: bool,
+}
+
+impl VerifyReport {
+    /// Whether nothing is wrong.
+    pub fn intact(&self) -> bool {
+        self.intact
+    }
+}
+
+impl RunDirectory {
+    /// Opens a directory that holds a run.
+    ///
+    /// # Errors
+    /// When it holds none.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let paths = Paths(path.to_path_buf());
+        let text = std::fs::read_to_string(paths.pipeline()).map_err(|_| PipelineError::Missing {
+            message: format!("{} is not a run directory: it has no pipeline.toml", path.display()),
+            hint: "give the directory that `rpt run` printed, for example runs/quickstart".into(),
+        })?;
+        let pipeline = parse(&text, &paths.pipeline().display().to_string(), &[])?;
+        Ok(Self { paths, pipeline })
+    }
+
+    /// The resolved pipeline.
+    pub fn pipeline(&self) -> &Pipeline {
+        &self.pipeline
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.paths.0
+    }
+
+    /// The run's tokenizer and special tokens.
+    ///
+    /// # Errors
+    /// When they cannot be loaded.
+    pub fn tokenizer(&self) -> Result<(Tokenizer, SpecialTokens), Error> {
+        let directory = self.paths.tokenizer();
+        if self.pipeline.tokenizer.train.is_some() && !directory.join("tokenizer.json").exists() {
+            return Err(PipelineError::Missing {
+                message: format!("{} holds no tokenizer yet", self.paths.0.display()),
+                hint: "run the pipeline first".into(),
+            }
+            .into());
+        }
+        let log = Log::without_file();
+        let vocabulary = Vocabulary::open(&self.pipeline, &self.pipeline.corpus, &directory, &log)?;
+        Ok((vocabulary.tokenizer, vocabulary.special))
+    }
+
+    /// The model of a stage's newest intact checkpoint; default: of the last main stage that has one.
+    ///
+    /// # Errors
+    /// When there is no such checkpoint or it is damaged.
+    pub fn decoder(&self, stage: Option<&str>) -> Result<Decoder, Error> {
+        if let Some(stage) = stage.filter(|stage| !STAGES.contains(stage)) {
+            return Err(PipelineError::Missing {
+                message: format!("there is no stage `{stage}`"),
+                hint: format!("stages are {}", STAGES.join(", ")),
+            }
+            .into());
+        }
+        let main = ["train", "cold_start", "pretrain"];
+        let stage = stage.or_else(|| main.into_iter().find(|stage| has_checkpoints(&self.paths, stage)));
+        let Some(stage) = stage.filter(|stage| has_checkpoints(&self.paths, stage)) else {
+            return if stage.is_none() && self.pipeline.model.path.is_some() {
+                initial_decoder(&self.pipeline, &self.tokenizer()?.0)
+            } else {
+                Err(PipelineError::Missing {
+                    message: format!("{} holds no checkpoint of that stage", self.paths.0.display()),
+                    hint: "run the pipeline first".into(),
+                }
+                .into())
+            };
+        };
+        let identity = self.identity()?;
+        let found = CheckpointStore::open(&self.paths.checkpoints(stage), usize::MAX)?.newest(&identity)?;
+        match found.checkpoint {
+            Some(checkpoint) => read_decoder(&checkpoint),
+            None => Err(PipelineError::Missing {
+                message: format!("stage {stage} has no checkpoint yet"),
+                hint: "run the pipeline first".into(),
+            }
+            .into()),
+        }
+    }
+
+    fn identity(&self) -> Result<String, Error> {
+        Ok(blake3::hash(resolved_text(&self.pipeline)?.as_bytes()).to_hex().to_string())
+    }
+
+    /// Plain and reasoned accuracy of a model (default: the run's last) on the run's held-out tasks.
+    ///
+    /// # Errors
+    /// When there is no held-out text, or the model cannot be run.
+    pub fn evaluate(&self, model: Option<&Path>, stage: Option<&str>) -> Result<Value, Error> {
+        let decoder = match model {
+            Some(path) => Decoder::load(path)?,
+            None => self.decoder(stage)?,
+        };
+        let loaded = Loaded { pipeline: self.pipeline.clone(), name: String::new() };
+        let run = Run::open(&loaded, self.paths.0.clone(), &Arc::new(AtomicBool::new(false)))?;
+        run.vocabulary.tokenizer.check_vocabulary(decoder.config().vocab_size)?;
+        if run.sources.held_out.is_some() {
+            super::build_tasks(&run, "eval", &self.decoder(Some("pretrain")).or_else(|_| self.decoder(None))?)?;
+        }
+        match Evaluator::open(&run)?.both(&decoder)? {
+            Some((plain, reasoned)) => Ok(serde_json::json!({ "plain": plain, "reasoned": reasoned })),
+            None => Err(PipelineError::Missing {
+                message: "the pipeline has no held-out text".into(),
+                hint: "set [eval] source".into(),
+            }
+            .into()),
+        }
+    }
+
+    /// Writes the report again; returns its path.
+    ///
+    /// # Errors
+    /// When figures cannot be read or the report cannot be written.
+    pub fn write_report(&self) -> Result<PathBuf, Error> {
+        report_again(&self.paths, &self.pipeline)
+    }
+
+    /// Checks manifests, checksums, the ledger's chain and its balance.
+    ///
+    /// # Errors
+    /// When something cannot be read at all.
+    pub fn verify(&self) -> Result<VerifyReport, Error> {
+        let mut checkpoints = Vec::new();
+        for stage in STAGES {
+            let root = self.paths.checkpoints(stage);
+            if root.is_dir() {
+                checkpoints.push(crate::checkpoint::verify(&root)?);
+            }
+        }
+        let ledger = self.verify_ledger()?;
+        let damaged_tasks = self.verify_tasks();
+        let intact = checkpoints.iter().all(StoreReport::intact)
+            && ledger.as_ref().is_none_or(LedgerReport::intact)
+            && damaged_tasks.is_empty();
+        Ok(VerifyReport { run: self.paths.0.clone(), checkpoints, ledger, damaged_tasks, intact })
+    }
+
+    fn verify_ledger(&self) -> Result<Option<LedgerReport>, Error> {
+        if !self.paths.ledger().exists() {
+            return Ok(None);
+        }
+        let snapshot: Option<LedgerSnapshot> = newest_state(&self.paths, "train", &self.identity()?)?
+            .and_then(|state| serde_json::from_value(state["source"]["ledger"].clone()).ok());
+        Ok(Some(crate::ledger::verify_file(&self.paths.ledger(), snapshot.as_ref())?))
+    }
+
+    fn verify_tasks(&self) -> Vec<String> {
+        let mut damaged = Vec::new();
+        for split in ["train", "eval"] {
+            let directory = self.paths.tasks(split);
+            if let Ok(manifest) = crate::tasks::Manifest::load(&directory) {
+                let checked = TaskShards::open(&directory, &manifest.fingerprints).and_then(|shards| shards.verify());
+                damaged.extend(checked.err().map(|error| error.to_string()));
+            }
+        }
+        damaged
+    }
+}
+
+/// The state of a stage's newest intact checkpoint.
+fn newest_state(paths: &Paths, stage: &str, identity: &str) -> Result<Option<Value>, Error> {
+    let root = paths.checkpoints(stage);
+    if !root.is_dir() {
+        return Ok(None);
+    }
+    let found = CheckpointStore::open(&root, usize::MAX)?.newest(identity)?;
+    Ok(found.checkpoint.map(|checkpoint| checkpoint.json("state")).transpose()?)
+}
+
+/// Step, steps, tokens, operations and seconds of every stage that has begun.
+pub(super) fn stage_figures(paths: &Paths, pipeline: &Pipeline) -> Result<Vec<(String, Value)>, Error> {
+    let identity = blake3::hash(resolved_text(pipeline)?.as_bytes()).to_hex().to_string();
+    let mut figures = Vec::new();
+    for stage in STAGES {
+        if let Some(state) = newest_state(paths, stage, &identity)? {
+            figures.push((stage.to_string(), state));
+        }
+    }
+    Ok(figures)
+}

@@ -1,0 +1,204 @@
+//! What every stage reads: resolved corpora, tokenizer and template.
+
+use super::error::PipelineError;
+use crate::checkpoint::atomic_write;
+use crate::config::{CorpusConfig, Pipeline};
+use crate::corpus::generated::{generate, generated_recipe};
+use crate::corpus::{Corpus, Trace, read_traces};
+use crate::error::Error;
+use crate::model::{Decoder, DecoderConfig};
+use crate::report::Log;
+use crate::tasks::{ChatFormat, Fingerprints, PromptTemplate};
+use crate::tokenize::{SpecialTokens, Tokenizer, train_byte_level_bpe};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// Corpora of a run, a generated one already written.
+#[derive(Clone, Debug)]
+pub struct Sources {
+    /// Training text.
+    pub corpus: CorpusConfig,
+    /// Text that tasks are cut from.
+    pub tasks: CorpusConfig,
+    /// Held-out text.
+    pub held_out: Option<CorpusConfig>,
+    /// Traces for the cold start.
+    pub traces: Option<String>,
+    /// The same without errors, for the control.
+    pub clean_traces: Option<String>,
+}
+
+impl Sources {
+    /// Resolves the pipeline's corpora; a generated corpus is written to `directory` first.
+    ///
+    /// # Errors
+    /// When a generated corpus cannot be written.
+    pub fn resolve(pipeline: &Pipeline, directory: &Path, log: &Log) -> Result<Self, Error> {
+        let with = |source: String| CorpusConfig { source, max_documents: None, ..pipeline.corpus.clone() };
+        let held_out = pipeline.eval.as_ref().and_then(|eval| eval.source.clone());
+        let cold_start = pipeline.cold_start.as_ref().and_then(|cold_start| cold_start.source.clone());
+        let mut sources = Self {
+            corpus: pipeline.corpus.clone(),
+            tasks: pipeline.tasks.source.clone().map_or_else(|| pipeline.corpus.clone(), with),
+            held_out: held_out.map(with),
+            traces: cold_start.clone(),
+            clean_traces: cold_start,
+        };
+        let Some(recipe) = generated_recipe(&pipeline.corpus.source) else { return Ok(sources) };
+        let generated = generate(&recipe, pipeline.seed, directory)?;
+        log.say(format!(
+            "generated {} documents, {} held-out documents and {} traces in {}",
+            generated.counts.train,
+            generated.counts.heldout,
+            generated.counts.traces,
+            directory.display()
+        ));
+        let with = |path: PathBuf| CorpusConfig {
+            source: path.display().to_string(),
+            text_column: "text".into(),
+            id_column: Some("id".into()),
+            ..pipeline.corpus.clone()
+        };
+        sources.corpus = with(generated.train);
+        if pipeline.tasks.source.is_none() {
+            sources.tasks = with(generated.tasks);
+        }
+        sources.held_out = sources.held_out.or_else(|| pipeline.eval.is_some().then(|| with(generated.heldout)));
+        sources.traces = sources.traces.or(Some(generated.traces.display().to_string()));
+        sources.clean_traces = sources.clean_traces.or(Some(generated.clean_traces.display().to_string()));
+        Ok(sources)
+    }
+}
+
+/// Tokenizer, special tokens and prompt template.
+pub struct Vocabulary {
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// End and start tokens.
+    pub special: SpecialTokens,
+    /// Prompt template.
+    pub template: PromptTemplate,
+}
+
+impl Vocabulary {
+    /// Loads the tokenizer of a pipeline, or the one that the run trained in `directory`; trains
+    /// it first where needed.
+    ///
+    /// # Errors
+    /// When it cannot be loaded or trained.
+    pub fn open(pipeline: &Pipeline, corpus: &CorpusConfig, directory: &Path, log: &Log) -> Result<Self, Error> {
+        let trained = directory.join("tokenizer.json");
+        let path = match (&pipeline.tokenizer.train, &pipeline.tokenizer.path, &pipeline.model.path) {
+            (Some(settings), _, _) => {
+                if !trained.exists() {
+                    let documents = last_documents(corpus, settings.documents)?;
+                    log.say(format!("training a tokenizer of {} ids", settings.vocab_size));
+                    let tokenizer = train_byte_level_bpe(documents.into_iter(), settings.vocab_size)?;
+                    let special = SpecialTokens::resolve(&tokenizer, &pipeline.tokenizer)?;
+                    std::fs::create_dir_all(directory).map_err(PipelineError::io(directory))?;
+                    tokenizer.save(directory, &special)?;
+                }
+                trained
+            }
+            (None, Some(path), _) => path.clone(),
+            (None, None, Some(model)) => model.join("tokenizer.json"),
+            (None, None, None) => trained,
+        };
+        let tokenizer = Tokenizer::load(&path)?;
+        let special = SpecialTokens::resolve(&tokenizer, &pipeline.tokenizer)?;
+        let chat = ChatFormat::of(&tokenizer);
+        let template = PromptTemplate::new(pipeline.tasks.template, &tokenizer, &special, &chat)?;
+        Ok(Self { tokenizer, special, template })
+    }
+
+    /// Fingerprints that task shards must carry.
+    pub fn fingerprints(&self) -> Fingerprints {
+        Fingerprints::of(&self.tokenizer, &self.template)
+    }
+}
+
+/// The texts of the last documents of a corpus: one pass, the last `count` kept.
+fn last_documents(corpus: &CorpusConfig, count: usize) -> Result<Vec<String>, Error> {
+    let mut last = std::collections::VecDeque::with_capacity(count.min(1 << 16));
+    for document in Corpus::open(corpus)?.documents() {
+        if last.len() == count.max(1) {
+            last.pop_front();
+        }
+        last.push_back(document?.text);
+    }
+    Ok(last.into())
+}
+
+/// The decoder that a run starts from: loaded, or from scratch.
+///
+/// # Errors
+/// When it cannot be loaded, or tokenizer and model do not fit.
+pub fn initial_decoder(pipeline: &Pipeline, tokenizer: &Tokenizer) -> Result<Decoder, Error> {
+    let decoder = match (&pipeline.model.path, &pipeline.model.scratch) {
+        (Some(path), _) => Decoder::load(path)?,
+        (None, Some(scratch)) => Decoder::from_scratch(scratch, tokenizer.vocab_size(), pipeline.seed),
+        (None, None) => {
+            return Err(PipelineError::Missing {
+                message: "the pipeline names no model".into(),
+                hint: "set model.path or [model.scratch]".into(),
+            }
+            .into());
+        }
+    };
+    tokenizer.check_vocabulary(decoder.config().vocab_size)?;
+    check_lengths(pipeline, decoder.config())?;
+    Ok(decoder)
+}
+
+/// Prompts with their replies must fit the model's positions.
+fn check_lengths(pipeline: &Pipeline, config: &DecoderConfig) -> Result<(), Error> {
+    let document = pipeline.tasks.max_document_tokens;
+    let reply = if pipeline.train.is_some() { pipeline.rollout.max_new_tokens } else { 0 };
+    let limit = config.max_positions;
+    if document + reply > limit {
+        return Err(PipelineError::Missing {
+            message: format!(
+                "tasks.max_document_tokens ({document}) + rollout.max_new_tokens ({reply}) do not fit the \
+                 model's {limit} positions"
+            ),
+            hint: "lower one of the two, or use a model with more positions".into(),
+        }
+        .into());
+    }
+    Ok(())
+}
+
+/// Traces with the labels that they cover.
+///
+/// # Errors
+/// When they cannot be read.
+pub fn load_traces(source: &str) -> Result<(Vec<Trace>, BTreeSet<String>), Error> {
+    let traces = read_traces(source)?;
+    let covered = traces.iter().filter_map(|trace| trace.label.clone()).collect();
+    Ok((traces, covered))
+}
+
+/// Writes a JSON value atomically.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), Error> {
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|error| PipelineError::Malformed { path: path.to_path_buf(), message: error.to_string() })?;
+    Ok(atomic_write(path, format!("{text}\n").as_bytes())?)
+}
+
+/// Reads a JSON value; `None` when the file does not exist.
+///
+/// # Errors
+/// When it cannot be read or parsed.
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(PipelineError::io(path)(error).into()),
+    };
+    let malformed =
+        |error: serde_json::Error| PipelineError::Malformed { path: path.to_path_buf(), message: error.to_string() };
+    Ok(Some(serde_json::from_str(&text).map_err(malformed)?))
+}

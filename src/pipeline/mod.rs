@@ -1,0 +1,249 @@
+//! A run from corpus to report: the stages in order, what is done and what is left.
+//!
+//! corpus and tokenizer, pre-training, tasks, cold start, reinforcement, controls, evaluation,
+//! report. Every stage leaves its result in the run directory and is passed over when it is there;
+//! a training stage goes on from its newest checkpoint. Running the same command again is the
+//! whole recovery story.
+
+mod directory;
+mod error;
+mod evaluate;
+mod health;
+mod materials;
+mod plan;
+mod reinforce;
+mod run;
+mod stage;
+mod summary;
+mod supervised;
+
+pub use directory::{RunDirectory, VerifyReport};
+pub use error::PipelineError;
+pub use plan::{Plan, plan};
+pub use run::{Paths, Run};
+
+use crate::config::{ColdStartConfig, Loaded, OptimizerConfig, TasksConfig};
+use crate::corpus::{Corpus, Cursor};
+use crate::error::Error;
+use crate::eval::ModelProxy;
+use crate::model::Decoder;
+use crate::tasks::{Manifest, TaskBuilder};
+use evaluate::Evaluator;
+use materials::initial_decoder;
+use reinforce::{ReinforceState, reinforce};
+use stage::{Finished, StageState};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use supervised::{CorpusExamples, SupervisedStage, TraceExamples, run_supervised, steps_for};
+
+/// How far a run goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Until {
+    /// Task shards are written.
+    Tasks,
+    /// The reinforcement stage is done.
+    Train,
+    /// Everything, evaluation and report included.
+    End,
+}
+
+/// Options of a run that do not change its result.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// The run directory; default: `runs/<name>`.
+    pub out: Option<PathBuf>,
+    /// How far to go.
+    pub until: Until,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RunOutcome {
+    /// Everything that was asked for is done.
+    Finished(PathBuf),
+    /// It was done before; nothing was touched.
+    AlreadyFinished(PathBuf),
+}
+
+/// What the training stages left.
+struct Trained {
+    base: Decoder,
+    pretrain: Option<StageState<Cursor>>,
+    cold_start: Option<Finished<Cursor>>,
+    train: Option<Finished<ReinforceState>>,
+}
+
+/// Runs a pipeline to its end, from wherever it stands.
+///
+/// # Errors
+/// When something is wrong that a user must mend, or a signal asked for a stop.
+pub fn run(loaded: &Loaded, options: &RunOptions, interrupt: &Arc<AtomicBool>) -> Result<RunOutcome, Error> {
+    let directory = options.out.clone().unwrap_or_else(|| Path::new("runs").join(&loaded.name));
+    if summary::is_finished(loaded, &directory)? {
+        return Ok(RunOutcome::AlreadyFinished(directory));
+    }
+    let run = Run::open(loaded, directory.clone(), interrupt)?;
+    let (base, pretrain) = pretrain(&run)?;
+    build_tasks(&run, "train", &base)?;
+    if options.until == Until::Tasks {
+        return Ok(RunOutcome::Finished(directory));
+    }
+    let mut trained = Trained { base, pretrain, cold_start: None, train: None };
+    trained.cold_start = cold_start(&run, &trained)?;
+    if let Some(config) = &run.pipeline.train {
+        let start = || Ok((trained.start_of_train().inference_copy(), trained.metrics_bytes()));
+        let reference = || Ok(trained.start_of_train().inference_copy());
+        trained.train = Some(reinforce(&run, config, start, reference)?);
+    }
+    if options.until == Until::Train {
+        return Ok(RunOutcome::Finished(directory));
+    }
+    evaluate_all(&run, &trained)?;
+    summary::write(&run, &trained)?;
+    Ok(RunOutcome::Finished(directory))
+}
+
+impl Trained {
+    /// The model that the reinforcement stage starts from.
+    fn start_of_train(&self) -> &Decoder {
+        self.cold_start.as_ref().map_or(&self.base, |finished| &finished.decoder)
+    }
+
+    /// Length of the metrics log after the last finished stage.
+    fn metrics_bytes(&self) -> u64 {
+        let pretrain = self.pretrain.as_ref().map_or(0, |state| state.metrics_bytes);
+        let cold_start = self.cold_start.as_ref().map_or(pretrain, |finished| finished.state.metrics_bytes);
+        self.train.as_ref().map_or(cold_start, |finished| finished.state.metrics_bytes)
+    }
+
+    fn cold_start_flops(&self) -> u64 {
+        self.cold_start.as_ref().map_or(0, |finished| finished.state.flops)
+    }
+
+    fn train_flops(&self) -> u64 {
+        self.train.as_ref().map_or(0, |finished| finished.state.flops)
+    }
+}
+
+/// Next-token pre-training, or the model that the pipeline names.
+fn pretrain(run: &Run) -> Result<(Decoder, Option<StageState<Cursor>>), Error> {
+    let initial = || initial_decoder(&run.pipeline, &run.vocabulary.tokenizer);
+    let Some(config) = &run.pipeline.pretrain else { return Ok((initial()?, None)) };
+    let stage = SupervisedStage { name: "pretrain", steps: config.steps, optimizer: &config.optimizer };
+    let start = || Ok((initial()?, 0, Cursor::default()));
+    let finished = run_supervised(run, &stage, start, |cursor| CorpusExamples::open(run, config, cursor))?;
+    Ok((finished.decoder, Some(finished.state)))
+}
+
+/// Cuts and scores the tasks of a split, unless its shards are there.
+fn build_tasks(run: &Run, split: &str, base: &Decoder) -> Result<(), Error> {
+    let directory = run.paths.tasks(split);
+    let fingerprints = run.vocabulary.fingerprints();
+    if Manifest::load(&directory).is_ok() {
+        return Ok(());
+    }
+    let held_out = split == "eval";
+    let (source, settings) = if held_out {
+        let Some(source) = &run.sources.held_out else { return Ok(()) };
+        let max_documents = run.pipeline.eval.as_ref().and_then(|eval| eval.max_documents);
+        let everywhere =
+            TasksConfig { positions_per_document: usize::MAX, max_documents, ..run.pipeline.tasks.clone() };
+        (source, everywhere)
+    } else {
+        (&run.sources.tasks, run.pipeline.tasks.clone())
+    };
+    let proxy = run.pipeline.tasks.proxy.as_deref().map(Decoder::load).transpose()?;
+    let builder = TaskBuilder {
+        settings: &settings,
+        seed: run.pipeline.seed,
+        tokenizer: &run.vocabulary.tokenizer,
+        proxy: &ModelProxy(proxy.as_ref().unwrap_or(base)),
+        proxy_header: run.vocabulary.special.bos.into_iter().collect(),
+        keep_marked: held_out,
+    };
+    let mut documents = Corpus::open(source)?.documents();
+    let manifest =
+        builder.build(documents.by_ref().map(|document| document.map_err(Error::from)), &directory, fingerprints)?;
+    let counts = documents.counts();
+    for place in &counts.quarantined {
+        run.log.warn(format!("quarantined {place}"));
+    }
+    run.log.say(format!(
+        "tasks/{split}: {} positions in {} documents ({} quarantined places)",
+        manifest.positions(),
+        manifest.documents(),
+        counts.quarantined_total
+    ));
+    Ok(())
+}
+
+fn cold_start(run: &Run, trained: &Trained) -> Result<Option<Finished<Cursor>>, Error> {
+    let Some(config) = &run.pipeline.cold_start else { return Ok(None) };
+    let start = || Ok((trained.base.inference_copy(), trained.metrics_bytes(), Cursor::default()));
+    let traces = run.sources.traces.as_deref();
+    Ok(Some(learn_traces(run, "cold_start", config, config.steps, traces, start)?))
+}
+
+/// A supervised stage on traces.
+fn learn_traces(
+    run: &Run,
+    name: &'static str,
+    config: &ColdStartConfig,
+    steps: u64,
+    traces: Option<&str>,
+    start: impl FnOnce() -> Result<(Decoder, u64, Cursor), Error>,
+) -> Result<Finished<Cursor>, Error> {
+    let traces = traces.ok_or_else(|| PipelineError::Missing {
+        message: "the cold start has no traces".into(),
+        hint: "set cold_start.source to parquet files with text, offset, thought and prediction".into(),
+    })?;
+    let stage = SupervisedStage { name, steps, optimizer: &config.optimizer };
+    run_supervised(run, &stage, start, |_| TraceExamples::open(run, config, traces))
+}
+
+/// Evaluates every model of the table, training the controls on the way.
+fn evaluate_all(run: &Run, trained: &Trained) -> Result<(), Error> {
+    let mut metrics_bytes = trained.metrics_bytes();
+    let controls = &run.pipeline.controls;
+    build_tasks(run, "eval", &trained.base)?;
+    let evaluator = Evaluator::open(run)?;
+    evaluator.plain("plain_ntp", &trained.base)?;
+    if let Some(cold_start) = &trained.cold_start {
+        evaluator.reasoned("reasoning_before", &cold_start.decoder)?;
+    }
+    if let Some(train) = &trained.train {
+        evaluator.reasoned("reasoning_after", &train.decoder)?;
+    }
+    if let (true, Some(config), Some(state)) = (controls.continued_ntp, &run.pipeline.pretrain, &trained.pretrain) {
+        let steps = steps_for(trained.cold_start_flops() + trained.train_flops(), state);
+        let optimizer = continued(&config.optimizer);
+        let stage = SupervisedStage { name: "continued_ntp", steps, optimizer: &optimizer };
+        let start = || Ok((trained.base.inference_copy(), metrics_bytes, state.source));
+        let finished = run_supervised(run, &stage, start, |cursor| CorpusExamples::open(run, config, cursor))?;
+        evaluator.plain("continued_ntp", &finished.decoder)?;
+        metrics_bytes = finished.state.metrics_bytes;
+    }
+    let (Some(config), Some(cold_start)) = (&run.pipeline.cold_start, &trained.cold_start) else { return Ok(()) };
+    if controls.more_cold_start {
+        let steps = steps_for(trained.train_flops(), &cold_start.state);
+        let start = || Ok((cold_start.decoder.inference_copy(), metrics_bytes, Cursor::default()));
+        let traces = run.sources.traces.as_deref();
+        let finished = learn_traces(run, "more_cold_start", config, steps, traces, start)?;
+        evaluator.reasoned("more_cold_start", &finished.decoder)?;
+        metrics_bytes = finished.state.metrics_bytes;
+    }
+    if controls.clean_traces {
+        let steps = steps_for(trained.cold_start_flops() + trained.train_flops(), &cold_start.state);
+        let start = || Ok((trained.base.inference_copy(), metrics_bytes, Cursor::default()));
+        let traces = run.sources.clean_traces.as_deref();
+        let finished = learn_traces(run, "clean_traces", config, steps, traces, start)?;
+        evaluator.reasoned("clean_traces", &finished.decoder)?;
+    }
+    Ok(())
+}
+
+/// A continuation warms up again and decays over its whole length at most as the stage did.
+fn continued(optimizer: &OptimizerConfig) -> OptimizerConfig {
+    optimizer.clone()
+}

@@ -1,0 +1,197 @@
+//! A run: its directory, its identity, its lock, and what all stages share.
+
+use super::error::PipelineError;
+use super::materials::{Sources, Vocabulary};
+use crate::checkpoint::{RunLock, atomic_write};
+use crate::config::{Loaded, Pipeline};
+use crate::error::Error;
+use crate::report::{Log, MetricsLog};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Name of the resolved pipeline inside a run directory.
+pub const PIPELINE_FILE: &str = "pipeline.toml";
+
+/// Places inside a run directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Paths(pub PathBuf);
+
+impl Paths {
+    /// The resolved pipeline.
+    pub fn pipeline(&self) -> PathBuf {
+        self.0.join(PIPELINE_FILE)
+    }
+    /// A generated corpus.
+    pub fn corpus(&self) -> PathBuf {
+        self.0.join("corpus")
+    }
+    /// A trained tokenizer.
+    pub fn tokenizer(&self) -> PathBuf {
+        self.0.join("tokenizer")
+    }
+    /// Task shards: `train` or `eval`.
+    pub fn tasks(&self, split: &str) -> PathBuf {
+        self.0.join("tasks").join(split)
+    }
+    /// Checkpoints of a stage.
+    pub fn checkpoints(&self, stage: &str) -> PathBuf {
+        self.0.join("checkpoints").join(stage)
+    }
+    /// The result of one evaluation.
+    pub fn evaluation(&self, name: &str) -> PathBuf {
+        self.0.join("eval").join(format!("{name}.json"))
+    }
+    /// The rollout log.
+    pub fn rollouts(&self) -> PathBuf {
+        self.0.join("rollouts")
+    }
+    /// The metrics log.
+    pub fn metrics(&self) -> PathBuf {
+        self.0.join("metrics.jsonl")
+    }
+    /// The ledger.
+    pub fn ledger(&self) -> PathBuf {
+        self.0.join("ledger.jsonl")
+    }
+    /// The summary, written last.
+    pub fn summary(&self) -> PathBuf {
+        self.0.join("summary.json")
+    }
+    /// Logs of each attempt.
+    pub fn logs(&self) -> PathBuf {
+        self.0.join("logs")
+    }
+}
+
+/// What all stages of a run share.
+pub struct Run {
+    /// The resolved pipeline.
+    pub pipeline: Pipeline,
+    /// The run directory.
+    pub paths: Paths,
+    /// Says things on stderr and in the attempt's log file.
+    pub log: Log,
+    /// Corpora.
+    pub sources: Sources,
+    /// Tokenizer and template.
+    pub vocabulary: Vocabulary,
+    /// Digest of the pipeline; every checkpoint carries it.
+    pub identity: String,
+    interrupt: Arc<AtomicBool>,
+    _lock: RunLock,
+}
+
+impl Run {
+    /// Claims a run directory (new, or of the same pipeline) and opens what all stages read.
+    ///
+    /// # Errors
+    /// When the directory belongs to another pipeline, another process or something else, or
+    /// corpus or tokenizer cannot be opened.
+    pub fn open(loaded: &Loaded, directory: PathBuf, interrupt: &Arc<AtomicBool>) -> Result<Self, Error> {
+        let pipeline = loaded.pipeline.clone();
+        let paths = Paths(directory);
+        let text = resolved_text(&pipeline)?;
+        claim(&paths, &text)?;
+        let lock = RunLock::acquire(&paths.0)?;
+        if !paths.pipeline().exists() {
+            atomic_write(&paths.pipeline(), text.as_bytes())?;
+        }
+        let log = Log::open(&paths.logs())?;
+        log.say(format!("run directory {}", paths.0.display()));
+        let sources = Sources::resolve(&pipeline, &paths.corpus(), &log)?;
+        let vocabulary = Vocabulary::open(&pipeline, &sources.corpus, &paths.tokenizer(), &log)?;
+        let identity = blake3::hash(text.as_bytes()).to_hex().to_string();
+        Ok(Self {
+            pipeline,
+            paths,
+            log,
+            sources,
+            vocabulary,
+            identity,
+            interrupt: interrupt.clone(),
+            _lock: lock,
+        })
+    }
+
+    /// Whether a signal asked for a stop.
+    pub fn interrupted(&self) -> bool {
+        self.interrupt.load(Ordering::Relaxed)
+    }
+
+    /// The metrics log, cut to what a checkpoint knows of.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or is shorter than the checkpoint says.
+    pub fn metrics_at(&self, bytes: u64) -> Result<MetricsLog, Error> {
+        let metrics = MetricsLog::open(&self.paths.metrics(), bytes)?;
+        if metrics.dropped_lines() > 0 {
+            self.log.say(format!(
+                "{} lines of metrics after the last checkpoint are written again",
+                metrics.dropped_lines()
+            ));
+        }
+        Ok(metrics)
+    }
+}
+
+/// The resolved pipeline as TOML.
+///
+/// # Errors
+/// When it cannot be written as TOML.
+pub fn resolved_text(pipeline: &Pipeline) -> Result<String, Error> {
+    let malformed = |error: toml::ser::Error| PipelineError::Malformed {
+        path: PIPELINE_FILE.into(),
+        message: error.to_string(),
+    };
+    Ok(toml::to_string(pipeline).map_err(malformed)?)
+}
+
+/// Creates the directory, or checks that it holds a run of the same pipeline.
+fn claim(paths: &Paths, text: &str) -> Result<(), Error> {
+    let directory = &paths.0;
+    std::fs::create_dir_all(directory).map_err(PipelineError::io(directory))?;
+    match std::fs::read_to_string(paths.pipeline()) {
+        Ok(found) if found == text => Ok(()),
+        Ok(found) => {
+            let differences = differences(&found, text);
+            Err(PipelineError::ForeignRun { directory: directory.clone(), differences }.into())
+        }
+        Err(_) if holds_files(directory) => Err(PipelineError::NotARun { directory: directory.clone() }.into()),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Whether there is anything but hidden files (locks, temporary names of a crashed start).
+fn holds_files(directory: &Path) -> bool {
+    std::fs::read_dir(directory).is_ok_and(|entries| {
+        entries.filter_map(Result::ok).any(|entry| !entry.file_name().to_string_lossy().starts_with('.'))
+    })
+}
+
+/// The first lines that two resolved pipelines do not share.
+fn differences(found: &str, wanted: &str) -> String {
+    let parse = |text: &str| toml::from_str::<toml::Table>(text).unwrap_or_default();
+    let mut lines = Vec::new();
+    compare("", &parse(found), &parse(wanted), &mut lines);
+    let more = if lines.len() > 3 { format!(" and {} more", lines.len() - 3) } else { String::new() };
+    lines.truncate(3);
+    if lines.is_empty() { "its pipeline.toml was changed".into() } else { lines.join(", ") + &more }
+}
+
+fn compare(prefix: &str, found: &toml::Table, wanted: &toml::Table, lines: &mut Vec<String>) {
+    let keys: std::collections::BTreeSet<&String> = found.keys().chain(wanted.keys()).collect();
+    for key in keys {
+        let name = format!("{prefix}{key}");
+        match (found.get(key), wanted.get(key)) {
+            (Some(toml::Value::Table(a)), Some(toml::Value::Table(b))) => {
+                compare(&format!("{name}."), a, b, lines);
+            }
+            (a, b) if a == b => {}
+            (a, b) => {
+                let show = |value: Option<&toml::Value>| value.map_or("absent".into(), ToString::to_string);
+                lines.push(format!("{name} is {} there and {} here", show(a), show(b)));
+            }
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! What every training stage shares: checkpoints, resuming, and stopping on a signal.
+
+use super::error::PipelineError;
+use super::run::Run;
+use crate::checkpoint::{CheckpointStore, TensorView};
+use crate::config::OptimizerConfig;
+use crate::error::Error;
+use crate::model::{Decoder, DecoderConfig};
+use crate::report::MetricsLog;
+use crate::train::Trainer;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::time::Instant;
+
+/// Names of the training stages, in order.
+pub const STAGES: [&str; 6] =
+    ["pretrain", "cold_start", "train", "continued_ntp", "more_cold_start", "clean_traces"];
+
+/// What a checkpoint says of a stage besides weights and optimiser.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StageState<S> {
+    /// Finished steps.
+    pub step: u64,
+    /// Steps of the whole stage.
+    pub steps: u64,
+    /// Length of the metrics log.
+    pub metrics_bytes: u64,
+    /// Floating-point operations so far, counted from shapes.
+    pub flops: u64,
+    /// Tokens trained on so far.
+    pub tokens: u64,
+    /// Wall-clock seconds so far, over all attempts.
+    pub seconds: f64,
+    /// What the stage itself needs to go on.
+    pub source: S,
+}
+
+/// A stage under way: the trainer with its checkpoints.
+pub struct Stage<'run, S> {
+    /// The run.
+    pub run: &'run Run,
+    /// Name of the stage.
+    pub name: &'static str,
+    /// Model and optimiser.
+    pub trainer: Trainer,
+    /// What the next checkpoint will say.
+    pub state: StageState<S>,
+    /// The metrics log.
+    pub metrics: MetricsLog,
+    store: CheckpointStore,
+    since: Instant,
+}
+
+/// A stage at its newest intact checkpoint.
+pub enum Opened<'run, S> {
+    /// All steps are done.
+    Finished(Finished<S>),
+    /// Steps are left.
+    Open(Box<Stage<'run, S>>),
+}
+
+/// A finished stage.
+pub struct Finished<S> {
+    /// The trained model.
+    pub decoder: Decoder,
+    /// What its last checkpoint says.
+    pub state: StageState<S>,
+}
+
+impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
+    /// Opens a stage at its newest intact checkpoint, or at its start.
+    ///
+    /// # Errors
+    /// When checkpoints belong to another pipeline, all are damaged, or files cannot be opened.
+    pub fn open(
+        run: &'run Run,
+        name: &'static str,
+        steps: u64,
+        optimizer: &OptimizerConfig,
+        start: impl FnOnce() -> Result<(Decoder, u64, S), Error>,
+    ) -> Result<Opened<'run, S>, Error> {
+        let mut store = CheckpointStore::open(&run.paths.checkpoints(name), run.pipeline.run.keep_checkpoints)?;
+        for recovered in store.recovered() {
+            run.log.warn(recovered.to_string());
+        }
+        let found = store.newest(&run.identity)?;
+        for skipped in &found.skipped {
+            run.log.warn(format!("skipping checkpoint {}: {}", skipped.path.display(), skipped.reason));
+        }
+        let Some(checkpoint) = found.checkpoint else {
+            let (decoder, metrics_bytes, source) = start()?;
+            let metrics = run.metrics_at(metrics_bytes)?;
+            let trainer = Trainer::new(decoder, optimizer, steps)?;
+            let state =
+                StageState { step: 0, steps, metrics_bytes, flops: 0, tokens: 0, seconds: 0.0, source };
+            let stage = Self { run, name, trainer, state, metrics, store, since: Instant::now() };
+            return Ok(Opened::Open(Box::new(stage)));
+        };
+        let state: StageState<S> = checkpoint.json("state")?;
+        let decoder = read_decoder(&checkpoint)?;
+        if state.step >= state.steps {
+            return Ok(Opened::Finished(Finished { decoder, state }));
+        }
+        let mut trainer = Trainer::new(decoder, optimizer, steps)?;
+        let saved = checkpoint.tensors("optimizer")?;
+        for (tensor, values) in trainer.optimizer_mut().state_mut() {
+            saved.read_into(&tensor, values)?;
+        }
+        trainer.optimizer_mut().set_step_count(checkpoint.json("optimizer_steps")?);
+        run.log.say(format!("{name}: going on from step {} of {}", state.step, state.steps));
+        let metrics = run.metrics_at(state.metrics_bytes)?;
+        Ok(Opened::Open(Box::new(Self { run, name, trainer, state, metrics, store, since: Instant::now() })))
+    }
+
+    /// Whether there is nothing left to do.
+    pub fn is_finished(&self) -> bool {
+        self.state.step >= self.state.steps
+    }
+
+    /// Whether this step ends with a checkpoint.
+    pub fn is_due(&self) -> bool {
+        let every = self.run.pipeline.run.checkpoint_every;
+        self.is_finished() || self.state.step.is_multiple_of(every) || self.run.interrupted()
+    }
+
+    /// Writes a checkpoint; then stops if a signal asked for it.
+    ///
+    /// # Errors
+    /// When it cannot be written, or a signal asked for a stop.
+    pub fn commit(&mut self) -> Result<(), Error> {
+        self.state.metrics_bytes = self.metrics.sync()?;
+        self.state.seconds += self.since.elapsed().as_secs_f64();
+        self.since = Instant::now();
+        let (trainer, state) = (&self.trainer, &self.state);
+        let decoder = trainer.decoder();
+        let shapes: Vec<Vec<usize>> =
+            decoder.layout().parameters().iter().map(crate::model::Parameter::shape).collect();
+        let weights: Vec<TensorView> = decoder
+            .layout()
+            .parameters()
+            .iter()
+            .zip(&shapes)
+            .map(|(parameter, shape)| TensorView {
+                name: &parameter.name,
+                shape,
+                data: &decoder.parameters()[parameter.range.clone()],
+            })
+            .collect();
+        let moments = trainer.optimizer().state();
+        let lengths: Vec<[usize; 1]> = moments.iter().map(|(_, values)| [values.len()]).collect();
+        let moments: Vec<TensorView> = moments
+            .iter()
+            .zip(&lengths)
+            .map(|((name, data), shape)| TensorView { name, shape, data })
+            .collect();
+        let config = decoder.config().to_json(0, None);
+        let committed = self.store.commit(state.step, &self.run.identity, |writer| {
+            writer.tensors("model", &weights)?;
+            writer.tensors("optimizer", &moments)?;
+            writer.json("optimizer_steps", &trainer.optimizer().step_count())?;
+            writer.json("config", &config)?;
+            writer.json("state", state)
+        })?;
+        for error in committed.cleanup_errors {
+            self.run.log.warn(format!("after a checkpoint: {error}"));
+        }
+        if self.run.interrupted() && !self.is_finished() {
+            let (stage, step) = (self.name.to_string(), self.state.step);
+            return Err(PipelineError::Interrupted { stage, step }.into());
+        }
+        Ok(())
+    }
+
+    /// Ends the stage.
+    pub fn finish(self) -> Finished<S> {
+        Finished { decoder: self.trainer.into_decoder(), state: self.state }
+    }
+}
+
+/// The decoder that a checkpoint holds.
+///
+/// # Errors
+/// When its configuration or tensors are damaged.
+pub fn read_decoder(checkpoint: &crate::checkpoint::Checkpoint) -> Result<Decoder, Error> {
+    let path = checkpoint.path().join("config.json");
+    let config = DecoderConfig::from_json(&path, &checkpoint.json("config")?)?;
+    let weights = checkpoint.tensors("model")?;
+    let layout = crate::model::Layout::new(&config);
+    let mut parameters = vec![0.0; layout.len()];
+    for parameter in layout.parameters() {
+        weights.read_into(&parameter.name, &mut parameters[parameter.range.clone()])?;
+    }
+    Ok(Decoder::new(config, parameters))
+}
