@@ -12,7 +12,6 @@
 //! matrix, a few copies of that matrix.
 
 mod adamw;
-mod matmul;
 mod muon;
 mod norm;
 

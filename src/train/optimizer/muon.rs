@@ -1,7 +1,7 @@
 //! Muon: momentum, orthogonalised by Newton-Schulz iteration (<https://kellerjordan.github.io/posts/muon/>),
 //! on AdamW's scale of learning rates (arXiv 2502.16982).
 
-use super::matmul::{small_matmul, transpose};
+use crate::kernels::matmul::{Left, Packed, matmul};
 use super::norm::sum_of_squares;
 use crate::config::OptimizerConfig;
 
@@ -86,23 +86,50 @@ fn newton_schulz(mut x: Vec<f32>, rows: usize, columns: usize) -> Vec<f32> {
     for value in &mut x {
         *value /= norm;
     }
+    let mut buffers = Buffers::new(rows, columns);
     for _ in 0..ITERATIONS {
-        x = quintic(&x, rows, columns);
+        buffers.quintic(&mut x, rows, columns);
     }
     x
 }
 
-/// a X + (b M + c M M) X with M = X X^T.
-fn quintic(x: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    let [a, b, c] = QUINTIC;
-    let gram = small_matmul(x, &transpose(x, rows, columns), [rows, columns, rows]);
-    let square = small_matmul(&gram, &gram, [rows, rows, rows]);
-    let polynomial: Vec<f32> = gram.iter().zip(&square).map(|(gram, square)| b * gram + c * square).collect();
-    let mut next = small_matmul(&polynomial, x, [rows, rows, columns]);
-    for (next, x) in next.iter_mut().zip(x) {
-        *next += a * x;
+/// What the iterations of one matrix share.
+struct Buffers {
+    packed: Packed,
+    gram: Vec<f32>,
+    square: Vec<f32>,
+    product: Vec<f32>,
+}
+
+impl Buffers {
+    fn new(rows: usize, columns: usize) -> Self {
+        let (gram, square) = (vec![0.0; rows * rows], vec![0.0; rows * rows]);
+        Self { packed: Packed::default(), gram, square, product: vec![0.0; rows * columns] }
     }
-    next
+
+    /// X becomes a X + (b M + c M M) X with M = X X^T.
+    fn quintic(&mut self, x: &mut [f32], rows: usize, columns: usize) {
+        let [a, b, c] = QUINTIC;
+        let Self { packed, gram, square, product } = self;
+        packed.pack_transposed(x, rows, columns);
+        matmul(Left::rows(x, columns), rows, packed, gram, false);
+        packed.pack(gram, rows, rows, rows);
+        matmul(Left::rows(gram, rows), rows, packed, square, false);
+        for (gram, square) in gram.iter_mut().zip(&*square) {
+            *gram = b * *gram + c * square;
+        }
+        packed.pack(x, rows, columns, columns);
+        matmul(Left::rows(gram, rows), rows, packed, product, false);
+        for (x, product) in x.iter_mut().zip(&*product) {
+            *x = a * *x + product;
+        }
+    }
+}
+
+/// The transpose of a row-major `rows` x `columns` matrix.
+fn transpose(matrix: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    let at = |place: usize| matrix[place % rows * columns + place / rows];
+    (0..rows * columns).map(at).collect()
 }
 
 #[cfg(test)]
