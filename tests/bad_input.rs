@@ -142,6 +142,8 @@ fn a_dry_run_touches_nothing() {
     let bench = Bench::new();
     let plan = succeeds(bench.arguments("run", &[]).into_iter().chain(["--dry-run".into()]));
     assert!(!plan.is_empty());
+    let plan = succeeds(bench.arguments("run", &[]).into_iter().chain(["--dry-run".into(), "--json".into()]));
+    assert!(serde_json::from_str::<serde_json::Value>(&plan).unwrap().is_object());
     assert!(!bench.path("run").exists());
 }
 

@@ -6,8 +6,12 @@ mod command;
 mod common;
 
 use command::{RPT, refuses, rpt, succeeds, texts, write_texts};
-use rpt::config::TokenizerConfig;
-use rpt::tokenize::{SpecialTokens, train_byte_level_bpe};
+use rpt::config::{Selection, TasksConfig, TemplateName, TokenizerConfig};
+use rpt::corpus::Document;
+use rpt::eval::ModelProxy;
+use rpt::model::Decoder;
+use rpt::tasks::{ChatFormat, Fingerprints, PromptTemplate, TaskBuilder};
+use rpt::tokenize::{SpecialTokens, Tokenizer, train_byte_level_bpe};
 use serde_json::Value;
 use std::fs::{self, File, OpenOptions};
 use std::path::Path;
@@ -137,6 +141,27 @@ fn logprobs_agree_with_transformers() {
 }
 
 #[test]
+fn long_sequences_are_scored_as_their_prefixes_are() {
+    let Some(directory) = common::shared("peers/golden/qwen2-pico") else { return };
+    let scores = |count: usize| {
+        let ids: Vec<String> = (0..count).map(|at| (at * 37 % 500).to_string()).collect();
+        json(&succeeds([
+            "logprobs",
+            "--model",
+            directory.to_str().unwrap(),
+            "--json",
+            "--ids",
+            &ids.join(","),
+        ]))
+    };
+    let (long, short) = (scores(512), scores(300));
+    for key in ["logprobs", "entropy"] {
+        let (long, short) = (numbers(&long[key]), numbers(&short[key]));
+        assert_eq!(long[..short.len()], short, "{key}");
+    }
+}
+
+#[test]
 fn logprobs_take_texts_from_files_and_refuse_what_does_not_fit() {
     let directory = tempfile::tempdir().unwrap();
     let model = directory.path().to_str().unwrap();
@@ -232,8 +257,58 @@ fn parquet_files_are_inspected() {
     refuses(&rpt(["inspect", "no/such/thing"]), 1, &["no/such/thing"]);
 }
 
+/// Tasks of a few documents under `directory/tasks`, with the model that scored them in `directory`.
+fn write_tasks(directory: &Path) {
+    write_model(directory);
+    let tokenizer = Tokenizer::load(&directory.join("tokenizer.json")).unwrap();
+    let special = SpecialTokens::resolve(&tokenizer, &TokenizerConfig::default()).unwrap();
+    let template =
+        PromptTemplate::new(TemplateName::Plain, &tokenizer, &special, &ChatFormat::of(&tokenizer)).unwrap();
+    let settings = TasksConfig { selection: Selection::All, min_context: 2, ..TasksConfig::default() };
+    let builder = TaskBuilder {
+        settings: &settings,
+        seed: 1,
+        tokenizer: &tokenizer,
+        proxy: &ModelProxy(&Decoder::load(directory).unwrap()),
+        proxy_header: special.bos.into_iter().collect(),
+        keep_marked: false,
+    };
+    let documents = texts(6)
+        .into_iter()
+        .enumerate()
+        .map(|(number, text)| Ok(Document { id: format!("document-{number}"), text, marks: Vec::new() }));
+    let fingerprints = Fingerprints::of(&tokenizer, &template);
+    builder.build(documents, &directory.join("tasks"), fingerprints).unwrap();
+}
+
 #[test]
-fn generated_corpora_models_and_tasks_are_inspected() {
+fn tasks_are_inspected_with_their_prompt_boundary() {
+    let directory = tempfile::tempdir().unwrap();
+    write_tasks(directory.path());
+    let tasks = directory.path().join("tasks");
+    let found = json(&succeeds(["inspect", "--json", tasks.to_str().unwrap()]));
+    assert_eq!((&found["kind"], &found["documents"]), (&"tasks".into(), &6.into()));
+    let bins: f64 = numbers(&found["entropy"]["bins"]).iter().sum();
+    assert_eq!(found["counts"]["positions"], found["positions"]);
+    assert!(bins >= found["positions"].as_f64().unwrap());
+
+    let sample = &found["sample"][0];
+    let (context, truth) = (sample["context"].as_str().unwrap(), sample["truth"].as_str().unwrap());
+    assert!(
+        texts(1)[0].contains(&format!("{context}{truth}")),
+        "the tokenizer beside the tasks is found: {sample}"
+    );
+    let people = succeeds(["inspect", tasks.to_str().unwrap()]);
+    assert!(people.contains(&format!("{context}⟦{truth}⟧")), "{people}");
+    assert!(people.contains("###"), "{people}");
+
+    fs::write(directory.path().join("tokenizer.json"), "{}").unwrap();
+    let without = json(&succeeds(["inspect", "--json", tasks.to_str().unwrap()]));
+    assert!(without["sample"][0]["context"].is_array(), "another tokenizer would spell something else");
+}
+
+#[test]
+fn generated_corpora_and_models_are_inspected() {
     let corpus =
         json(&succeeds(["inspect", "--json", concat!(env!("CARGO_MANIFEST_DIR"), "/corpora/quickstart")]));
     assert_eq!(corpus["kind"], "generated_corpus");

@@ -61,6 +61,7 @@ impl ModelArguments {
     pub(super) fn load(&self, stage: Option<&str>) -> rpt::Result<Model> {
         let model = match (&self.run, &self.model) {
             (Some(run), _) => Model::of_run(&RunDirectory::open(run)?, stage)?,
+            // The command line has exactly one of the two.
             (None, directory) => Model::of_directory(directory.as_deref().unwrap_or(Path::new(".")))?,
         };
         model.tokenizer.check_vocabulary(model.decoder.config().vocab_size)?;

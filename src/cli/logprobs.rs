@@ -91,7 +91,7 @@ impl Scores {
     }
 
     fn table(&self) -> String {
-        let mut text = format!("{:>8} {:>8} {:>12} {:>12}\n", "position", "id", "logprob", "entropy after");
+        let mut text = format!("{:>8} {:>8} {:>12} {:>13}\n", "position", "id", "logprob", "entropy after");
         for (at, (id, entropy)) in self.ids.iter().zip(&self.entropy).enumerate() {
             let logprob = at.checked_sub(1).and_then(|before| self.logprobs.get(before));
             let logprob = logprob.map_or_else(String::new, |logprob| format!("{logprob:.5}"));

@@ -55,6 +55,12 @@ pub(super) struct Arguments {
     json: bool,
 }
 
+#[derive(Serialize)]
+struct Sampled {
+    prompt_tokens: usize,
+    replies: Vec<Reply>,
+}
+
 /// A reply as it is printed. Log-probabilities are natural, at temperature 1, of the untruncated model.
 #[derive(Serialize)]
 struct Reply {
@@ -72,7 +78,7 @@ impl Arguments {
         let prompt = self.prompt(&model, &text)?;
         let replies = self.sample(&model, &prompt)?;
         if self.json {
-            return output::json(&serde_json::json!({ "prompt_tokens": prompt.len(), "replies": replies }));
+            return output::json(&Sampled { prompt_tokens: prompt.len(), replies });
         }
         output::data(for_people(&replies).as_bytes())
     }

@@ -9,23 +9,23 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
-pub const RPT: &str = env!("CARGO_BIN_EXE_rpt");
+pub(crate) const RPT: &str = env!("CARGO_BIN_EXE_rpt");
 
 /// Runs `rpt` with its input closed.
-pub fn rpt<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Output {
+pub(crate) fn rpt<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Output {
     Command::new(RPT).args(arguments).stdin(Stdio::null()).output().unwrap()
 }
 
-pub fn stdout(output: &Output) -> String {
+pub(crate) fn stdout(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-pub fn stderr(output: &Output) -> String {
+pub(crate) fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
 /// Standard output of a call that must succeed.
-pub fn succeeds<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> String {
+pub(crate) fn succeeds<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> String {
     let output = rpt(arguments);
     assert!(output.status.success(), "{}", stderr(&output));
     stdout(&output)
@@ -33,7 +33,7 @@ pub fn succeeds<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Stri
 
 /// Asserts a failure that is said well: the exit code, `error:` first with these words in it, one
 /// `hint:` line, nothing on standard output, and no panic.
-pub fn refuses(output: &Output, code: i32, words: &[&str]) {
+pub(crate) fn refuses(output: &Output, code: i32, words: &[&str]) {
     let text = stderr(output);
     assert_eq!(output.status.code(), Some(code), "{text}");
     let error = text.lines().position(|line| line.starts_with("error: ")).unwrap_or_else(|| panic!("{text}"));
@@ -46,7 +46,7 @@ pub fn refuses(output: &Output, code: i32, words: &[&str]) {
     assert_eq!(stdout(output), "", "{text}");
 }
 
-pub fn write_columns(path: &Path, columns: Vec<(&str, ArrayRef)>) {
+pub(crate) fn write_columns(path: &Path, columns: Vec<(&str, ArrayRef)>) {
     let batch = RecordBatch::try_from_iter(columns).unwrap();
     let mut writer = ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), None).unwrap();
     writer.write(&batch).unwrap();
@@ -54,13 +54,13 @@ pub fn write_columns(path: &Path, columns: Vec<(&str, ArrayRef)>) {
 }
 
 /// A parquet file with a column `text`.
-pub fn write_texts(path: &Path, texts: &[String]) {
+pub(crate) fn write_texts(path: &Path, texts: &[String]) {
     let column = Arc::new(StringArray::from_iter_values(texts)) as ArrayRef;
     write_columns(path, vec![("text", column)]);
 }
 
 /// Documents of a few sentences each.
-pub fn texts(count: usize) -> Vec<String> {
+pub(crate) fn texts(count: usize) -> Vec<String> {
     let (names, things) = (["Ann", "Bob", "Carl", "Dora"], ["a tree", "the sea", "two dogs"]);
     let sentence = |at: usize| format!("{} sees {} on day {at}. ", names[at % 4], things[at % 3]);
     (0..count).map(|at| (at..at + 5).map(sentence).collect()).collect()

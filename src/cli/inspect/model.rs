@@ -41,11 +41,13 @@ fn shape(config: &DecoderConfig) -> Value {
     value
 }
 
+/// `model.safetensors` or `model-00001-of-00002.safetensors` and so on.
 fn weight_files(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))? {
         let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "safetensors") {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with("model") && name.ends_with(".safetensors") {
             files.push(path);
         }
     }
