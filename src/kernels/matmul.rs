@@ -7,11 +7,15 @@
 use super::parallel::{Disjoint, for_each_item};
 use super::simd::{Isa, Lanes, isa};
 use super::{LANES, pad};
+use std::cell::RefCell;
+use std::ops::Range;
 
 /// Multiply-adds below which a product stays on one thread.
 const SERIAL_PRODUCTS: usize = 1 << 20;
 /// Rows that one task of a parallel product works on.
 const ROWS_PER_TASK: usize = 96;
+/// Steps of the inner dimension between two visits of the output.
+const INNER_PER_BLOCK: usize = 256;
 /// Panels that one task of a parallel product works on.
 const PANELS_PER_TASK: usize = 16;
 
@@ -121,66 +125,103 @@ pub fn matmul(left: Left, rows: usize, right: &Packed, out: &mut [f32], accumula
     });
 }
 
+thread_local! {
+    static LEFT: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 /// One task of a product: some rows times some panels.
-fn block(
-    left: Left,
-    rows: std::ops::Range<usize>,
-    right: &Packed,
-    panels: std::ops::Range<usize>,
-    out: &Disjoint,
-    accumulate: bool,
-) {
-    let columns = right.columns;
-    let left_part = &left.values[(rows.start * left.row_stride).min(left.values.len())..];
-    let left = Left { values: left_part, ..left };
-    let mut panel = panels.start;
-    while panel < panels.end {
-        let width = (columns - panel * LANES).min(LANES);
-        let pair = panel + 1 < panels.end && columns - panel * LANES >= 2 * LANES;
-        let count = if pair { 2 } else { 1 };
-        let values = &right.values[panel * LANES * right.inner..][..count * LANES * right.inner];
-        let operands = Operands {
-            left,
-            inner: right.inner,
-            right: values,
-            right_stride: LANES,
-            panel_stride: LANES * right.inner,
-        };
-        if width == LANES {
-            let start = rows.start * columns + panel * LANES;
-            let out = out.pointer(start, (rows.len() - 1) * columns + count * LANES);
-            operands.check(rows.len(), count);
-            // SAFETY: the operands were checked, the output range lies inside the buffer, and only
-            // the `count` panels of these rows are touched, which belong to this task alone.
-            unsafe { tiles_at(&operands, rows.len(), count, out, columns, accumulate) };
-        } else {
-            narrow(&operands, rows.clone(), panel, width, columns, out, accumulate);
+///
+/// A left matrix that is read across its rows (the transpose in a weight gradient) is first
+/// copied, a block of the inner dimension at a time; the chains go on through `out` from block to
+/// block, which changes no bit.
+fn block(left: Left, rows: Range<usize>, right: &Packed, panels: Range<usize>, out: &Disjoint, accumulate: bool) {
+    if left.inner_stride == 1 {
+        let part = Part { left, rows, right, inner: 0..right.inner, accumulate };
+        return part.sweep(panels, out);
+    }
+    LEFT.with_borrow_mut(|copy| {
+        for first in (0..right.inner).step_by(INNER_PER_BLOCK) {
+            let inner = first..right.inner.min(first + INNER_PER_BLOCK);
+            copy_block(left, &rows, &inner, copy);
+            let left = Left { values: copy, row_stride: 1, inner_stride: rows.len() };
+            let accumulate = accumulate || first > 0;
+            Part { left, rows: rows.clone(), right, inner, accumulate }.sweep(panels.clone(), out);
         }
-        panel += count;
+    });
+}
+
+/// Copies some rows and some inner steps to `[inner, rows]`.
+fn copy_block(left: Left, rows: &Range<usize>, inner: &Range<usize>, copy: &mut Vec<f32>) {
+    copy.clear();
+    for k in inner.clone() {
+        let source = &left.values[k * left.inner_stride..];
+        if left.row_stride == 1 {
+            copy.extend_from_slice(&source[rows.clone()]);
+        } else {
+            copy.extend(rows.clone().map(|row| source[row * left.row_stride]));
+        }
     }
 }
 
-/// The last panel when it is narrower than sixteen columns: through a padded copy.
-fn narrow(
-    operands: &Operands,
-    rows: std::ops::Range<usize>,
-    panel: usize,
-    width: usize,
-    columns: usize,
-    out: &Disjoint,
+/// Some rows of a product over some steps of the inner dimension.
+struct Part<'a> {
+    /// The left matrix; where it is a copied block, its rows start at `rows.start`.
+    left: Left<'a>,
+    rows: Range<usize>,
+    right: &'a Packed,
+    inner: Range<usize>,
     accumulate: bool,
-) {
-    let mut padded = [0.0; ROWS_PER_TASK * LANES];
-    for (at, row) in rows.clone().enumerate() {
-        // SAFETY: these elements belong to this task alone.
-        let source = unsafe { out.slice(row * columns + panel * LANES, width) };
-        padded[at * LANES..][..width].copy_from_slice(source);
+}
+
+impl Part<'_> {
+    fn sweep(&self, panels: Range<usize>, out: &Disjoint) {
+        let columns = self.right.columns;
+        let mut panel = panels.start;
+        while panel < panels.end {
+            let left = columns - panel * LANES;
+            let count = if panel + 1 < panels.end && left >= 2 * LANES { 2 } else { 1 };
+            if left >= LANES {
+                let operands = self.operands(panel, count);
+                operands.check(self.rows.len(), count);
+                let start = self.rows.start * columns + panel * LANES;
+                let out = out.pointer(start, (self.rows.len() - 1) * columns + count * LANES);
+                // SAFETY: the operands were checked, the output range lies inside the buffer, and
+                // only these panels of these rows are touched, which belong to this task alone.
+                unsafe { tiles_at(&operands, self.rows.len(), count, out, columns, self.accumulate) };
+            } else {
+                self.narrow(panel, left, out);
+            }
+            panel += count;
+        }
     }
-    tiles(operands, rows.len(), 1, &mut padded, LANES, accumulate);
-    for (at, row) in rows.enumerate() {
-        // SAFETY: as above.
-        let target = unsafe { out.slice(row * columns + panel * LANES, width) };
-        target.copy_from_slice(&padded[at * LANES..][..width]);
+
+    fn operands(&self, panel: usize, count: usize) -> Operands<'_> {
+        let size = LANES * self.right.inner;
+        let skipped = if self.left.inner_stride == 1 { self.rows.start * self.left.row_stride } else { 0 };
+        Operands {
+            left: Left { values: &self.left.values[skipped.min(self.left.values.len())..], ..self.left },
+            inner: self.inner.len(),
+            right: &self.right.values[panel * size + self.inner.start * LANES..(panel + count) * size],
+            right_stride: LANES,
+            panel_stride: size,
+        }
+    }
+
+    /// The last panel when it is narrower than sixteen columns: through a padded copy.
+    fn narrow(&self, panel: usize, width: usize, out: &Disjoint) {
+        let columns = self.right.columns;
+        let mut padded = [0.0; ROWS_PER_TASK * LANES];
+        for (at, row) in self.rows.clone().enumerate() {
+            // SAFETY: these elements belong to this task alone.
+            let source = unsafe { out.slice(row * columns + panel * LANES, width) };
+            padded[at * LANES..][..width].copy_from_slice(source);
+        }
+        tiles(&self.operands(panel, 1), self.rows.len(), 1, &mut padded, LANES, self.accumulate);
+        for (at, row) in self.rows.clone().enumerate() {
+            // SAFETY: as above.
+            let target = unsafe { out.slice(row * columns + panel * LANES, width) };
+            target.copy_from_slice(&padded[at * LANES..][..width]);
+        }
     }
 }
 
@@ -342,8 +383,6 @@ unsafe fn tile<V: Lanes, const R: usize, const P: usize>(
     let Operands { left, inner, right, right_stride, panel_stride } = *operands;
     // SAFETY: `tiles` checked that every row, panel and step lies inside its slice.
     unsafe {
-        let left_at = left.values.as_ptr().add(row * left.row_stride);
-        let right_at = right.as_ptr().add(panel * panel_stride);
         let out_at = out.add(row * stride + panel * LANES);
         let mut sums = [[V::zero(); P]; R];
         if accumulate {
@@ -353,17 +392,29 @@ unsafe fn tile<V: Lanes, const R: usize, const P: usize>(
                 }
             }
         }
-        for k in 0..inner {
+        // One moving pointer per row and panel: the inner loop computes no other address.
+        let mut rows = [left.values.as_ptr(); R];
+        for (r, at) in rows.iter_mut().enumerate() {
+            *at = at.add((row + r) * left.row_stride);
+        }
+        let mut panels = [right.as_ptr(); P];
+        for (p, at) in panels.iter_mut().enumerate() {
+            *at = at.add((panel + p) * panel_stride);
+        }
+        let (mut step, mut right_step) = (0_usize, 0_usize);
+        for _ in 0..inner {
             let mut b = [V::zero(); P];
-            for (p, b) in b.iter_mut().enumerate() {
-                *b = V::load(right_at.add(p * panel_stride + k * right_stride));
+            for (b, at) in b.iter_mut().zip(panels) {
+                *b = V::load(at.wrapping_add(right_step));
             }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let a = *left_at.add(r * left.row_stride + k * left.inner_stride);
+            for (sums, at) in sums.iter_mut().zip(rows) {
+                let a = *at.wrapping_add(step);
                 for (sum, b) in sums.iter_mut().zip(b) {
                     *sum = sum.add_product(a, b);
                 }
             }
+            step = step.wrapping_add(left.inner_stride);
+            right_step = right_step.wrapping_add(right_stride);
         }
         for (r, sums) in sums.iter().enumerate() {
             for (p, sum) in sums.iter().enumerate() {

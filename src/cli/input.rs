@@ -1,0 +1,85 @@
+//! What several commands read: a model, and a text.
+
+use super::pipeline_api::RunDirectory;
+use anyhow::Context;
+use rpt::config::{Pipeline, TokenizerConfig};
+use rpt::model::Decoder;
+use rpt::tokenize::{SpecialTokens, Tokenizer};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// A text, from the command line or a file.
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct TextArguments {
+    /// Text
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    text: Option<String>,
+    /// File that holds the text, exactly as it is (- for standard input)
+    #[arg(long, value_name = "FILE")]
+    text_file: Option<PathBuf>,
+}
+
+impl TextArguments {
+    pub(super) fn read(&self) -> anyhow::Result<String> {
+        read_text(self.text.as_deref(), self.text_file.as_deref())
+    }
+}
+
+/// The text that was given, or what its file holds; empty if neither was given.
+pub(super) fn read_text(text: Option<&str>, file: Option<&Path>) -> anyhow::Result<String> {
+    let Some(path) = file else { return Ok(text.unwrap_or_default().to_owned()) };
+    if path == Path::new("-") {
+        let mut text = String::new();
+        std::io::stdin().read_to_string(&mut text).context("cannot read standard input")?;
+        return Ok(text);
+    }
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// A model directory, or a run and one of its stages.
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct ModelArguments {
+    /// Hugging Face directory with weights and tokenizer
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Run directory: its newest model, prompt template and sampling settings
+    #[arg(long, value_name = "RUN")]
+    run: Option<PathBuf>,
+}
+
+/// A model with its tokenizer and, if it comes from a run, the pipeline that made it.
+pub(super) struct Model {
+    pub(super) decoder: Decoder,
+    pub(super) tokenizer: Tokenizer,
+    pub(super) special: SpecialTokens,
+    pub(super) pipeline: Option<Pipeline>,
+}
+
+impl ModelArguments {
+    pub(super) fn load(&self, stage: Option<&str>) -> rpt::Result<Model> {
+        let model = match (&self.run, &self.model) {
+            (Some(run), _) => Model::of_run(&RunDirectory::open(run)?, stage)?,
+            // The command line has exactly one of the two.
+            (None, directory) => Model::of_directory(directory.as_deref().unwrap_or(Path::new(".")))?,
+        };
+        model.tokenizer.check_vocabulary(model.decoder.config().vocab_size)?;
+        Ok(model)
+    }
+}
+
+impl Model {
+    fn of_run(run: &RunDirectory, stage: Option<&str>) -> rpt::Result<Self> {
+        let (tokenizer, special) = run.tokenizer()?;
+        let pipeline = Some(run.pipeline().clone());
+        Ok(Self { decoder: run.decoder(stage)?, tokenizer, special, pipeline })
+    }
+
+    pub(super) fn of_directory(directory: &Path) -> rpt::Result<Self> {
+        let decoder = Decoder::load(directory)?;
+        let tokenizer = Tokenizer::load(&directory.join("tokenizer.json"))?;
+        let special = SpecialTokens::resolve(&tokenizer, &TokenizerConfig::default())?;
+        Ok(Self { decoder, tokenizer, special, pipeline: None })
+    }
+}

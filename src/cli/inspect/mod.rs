@@ -1,0 +1,89 @@
+//! `rpt inspect`: what a file or directory holds. One file for each kind of thing.
+
+mod generated;
+mod model;
+mod parquet;
+mod run;
+mod tasks;
+
+use super::failure::Usage;
+use super::output;
+use anyhow::Context;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// Parquet file, directory or glob; generated corpus; task, model, run or checkpoint directory
+    path: PathBuf,
+    /// Column that holds the text of parquet files
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    text_column: String,
+    /// Read at most so many documents of parquet files
+    #[arg(long, value_name = "N")]
+    max_documents: Option<u64>,
+    /// Documents or tasks to show
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    samples: usize,
+    /// tokenizer.json that spells tasks out [default: one near the tasks that built them]
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What a path holds.
+enum Kind {
+    Tasks,
+    Checkpoint,
+    Run,
+    Generated,
+    Model,
+    Parquet,
+}
+
+impl Kind {
+    /// Decided by the one file that only this kind of directory has.
+    fn of(path: &Path) -> Self {
+        let telling = [
+            ("tasks.json", Self::Tasks),
+            ("manifest.json", Self::Checkpoint),
+            ("pipeline.toml", Self::Run),
+            ("corpus.toml", Self::Generated),
+            ("config.json", Self::Model),
+        ];
+        let found = telling.into_iter().find(|(file, _)| path.join(file).is_file());
+        found.map_or(Self::Parquet, |(_, kind)| kind)
+    }
+}
+
+impl Arguments {
+    pub(super) fn execute(&self) -> anyhow::Result<()> {
+        let kind = Kind::of(&self.path);
+        let value = match kind {
+            Kind::Tasks => tasks::inspect(&self.path, self.samples, self.tokenizer.as_deref())?,
+            Kind::Checkpoint => run::inspect_checkpoint(&self.path)?,
+            Kind::Run => run::inspect(&self.path)?,
+            Kind::Generated => generated::inspect(&self.path, self.samples)?,
+            Kind::Model => model::inspect(&self.path)?,
+            Kind::Parquet => self.parquet()?,
+        };
+        match kind {
+            Kind::Tasks if !self.json => output::data(tasks::for_people(&value).as_bytes()),
+            _ => output::value(&value, self.json),
+        }
+    }
+
+    fn parquet(&self) -> anyhow::Result<Value> {
+        let source = self.path.to_str().ok_or_else(|| {
+            Usage::new(format!("{} is not UTF-8", self.path.display()), "rename it, or name its directory")
+        })?;
+        Ok(parquet::inspect(source, &self.text_column, self.max_documents, self.samples)?)
+    }
+}
+
+/// Reads a small text file.
+fn read(path: &Path) -> anyhow::Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}

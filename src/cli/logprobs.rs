@@ -1,0 +1,103 @@
+//! `rpt logprobs`: what a model says about a sequence.
+
+use super::failure::Usage;
+use super::input::{Model, read_text};
+use super::output;
+use rpt::model::{Decoder, Forest, ModelError, Workspace};
+use serde::Serialize;
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// Rows whose log-probabilities are computed at a time: bounds the memory for logits.
+const ROWS_AT_ONCE: usize = 256;
+
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// Hugging Face directory
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    #[command(flatten)]
+    sequence: Sequence,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+struct Sequence {
+    /// Token ids, separated by commas
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    ids: Vec<u32>,
+    /// Text: encoded as a document, after the tokenizer's start token if it has one
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    text: Option<String>,
+    /// File that holds the text, exactly as it is (- for standard input)
+    #[arg(long, value_name = "FILE")]
+    text_file: Option<PathBuf>,
+}
+
+/// In nats; entry i of both lists is about the distribution after ids 0 to i.
+#[derive(Serialize)]
+struct Scores {
+    ids: Vec<u32>,
+    /// Of id i + 1; one entry less than there are ids.
+    logprobs: Vec<f32>,
+    entropy: Vec<f32>,
+}
+
+impl Arguments {
+    pub(super) fn execute(&self) -> anyhow::Result<()> {
+        let (decoder, ids) = self.load()?;
+        if ids.is_empty() {
+            return Err(Usage::new("the sequence is empty", "give at least one id or character").into());
+        }
+        let scores = Scores::of(&decoder, ids).map_err(rpt::Error::from)?;
+        if self.json { output::json(&scores) } else { output::data(scores.table().as_bytes()) }
+    }
+
+    fn load(&self) -> anyhow::Result<(Decoder, Vec<u32>)> {
+        let Sequence { ids, text, text_file } = &self.sequence;
+        if text.is_none() && text_file.is_none() {
+            return Ok((Decoder::load(&self.model).map_err(rpt::Error::from)?, ids.clone()));
+        }
+        let text = read_text(text.as_deref(), text_file.as_deref())?;
+        let Model { decoder, tokenizer, special, .. } = Model::of_directory(&self.model)?;
+        let document = tokenizer.encode_document(&text).map_err(rpt::Error::from)?;
+        Ok((decoder, special.bos.into_iter().chain(document).collect()))
+    }
+}
+
+impl Scores {
+    fn of(decoder: &Decoder, ids: Vec<u32>) -> Result<Self, ModelError> {
+        let mut forest = Forest::default();
+        forest.add(None, &ids);
+        let (mut cache, mut workspace) = (decoder.new_cache(), Workspace::default());
+        let extensions = forest.enter(&mut cache);
+        decoder.forward(&ids, &extensions, &mut cache, &mut workspace, None)?;
+        // The last row has no next id; any will do for its entropy.
+        let targets: Vec<u32> = ids.iter().skip(1).copied().chain([0]).collect();
+        let (mut logprobs, mut entropy) = (Vec::with_capacity(ids.len()), Vec::with_capacity(ids.len()));
+        let rows: Vec<usize> = (0..ids.len()).collect();
+        for (rows, targets) in rows.chunks(ROWS_AT_ONCE).zip(targets.chunks(ROWS_AT_ONCE)) {
+            let states = decoder.hidden(&workspace, rows);
+            for score in decoder.score(&states, targets, 1.0, &mut workspace) {
+                logprobs.push(score.logprob);
+                entropy.push(score.entropy);
+            }
+        }
+        logprobs.pop();
+        Ok(Self { ids, logprobs, entropy })
+    }
+
+    fn table(&self) -> String {
+        let mut text = format!("{:>8} {:>8} {:>12} {:>13}\n", "position", "id", "logprob", "entropy after");
+        for (at, (id, entropy)) in self.ids.iter().zip(&self.entropy).enumerate() {
+            let logprob = at.checked_sub(1).and_then(|before| self.logprobs.get(before));
+            let logprob = logprob.map_or_else(String::new, |logprob| format!("{logprob:.5}"));
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "{at:>8} {id:>8} {logprob:>12} {entropy:>13.5}");
+        }
+        text
+    }
+}

@@ -1,0 +1,73 @@
+//! `rpt run`, `rpt prepare` and `rpt train`: a pipeline up to some stage.
+
+use super::output;
+use super::pipeline_api::{self, RunOptions, RunOutcome, Until};
+use anyhow::Context;
+use serde_json::json;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// Exit code of a second signal: the last checkpoint is where the same command goes on.
+const INTERRUPTED: i32 = 75;
+
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// Pipeline file (TOML; `rpt schema` describes it)
+    #[arg(value_name = "PIPELINE")]
+    pipeline: PathBuf,
+    /// Replace or add a value of the pipeline file, for example train.steps=20; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Run directory [default: named after the pipeline file]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Resolve and check everything, print the plan with its derived sizes, and touch nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Arguments {
+    pub(super) fn execute(&self, until: Until) -> anyhow::Result<()> {
+        let loaded = rpt::config::load(&self.pipeline, &self.set).map_err(rpt::Error::from)?;
+        if self.dry_run {
+            let plan = pipeline_api::plan(&loaded)?;
+            return if self.json { output::json(&plan) } else { output::line(plan.to_string().trim_end()) };
+        }
+        let options = RunOptions { out: self.out.clone(), until };
+        let outcome = pipeline_api::run(&loaded, &options, &interrupt_flag()?)?;
+        self.print(&outcome)
+    }
+
+    fn print(&self, outcome: &RunOutcome) -> anyhow::Result<()> {
+        let (run, already) = match outcome {
+            RunOutcome::Finished(run) => (run, false),
+            RunOutcome::AlreadyFinished(run) => (run, true),
+        };
+        if already {
+            output::note("already finished: nothing to do");
+        }
+        if self.json {
+            output::json(&json!({ "run": run, "already_finished": already }))
+        } else {
+            output::line(&run.display().to_string())
+        }
+    }
+}
+
+/// A flag that the first Ctrl-C or SIGTERM sets; the second ends the process.
+fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
+    let interrupt = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // Actions run in the order of their registration: the first signal finds the flag unset.
+        flag::register_conditional_shutdown(signal, INTERRUPTED, interrupt.clone())
+            .and_then(|_| flag::register(signal, interrupt.clone()))
+            .context("cannot listen for signals")?;
+    }
+    Ok(interrupt)
+}
