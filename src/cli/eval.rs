@@ -1,7 +1,7 @@
 //! `rpt eval`: next-token accuracy, plain and reasoned.
 
 use super::output;
-use super::pipeline_api::RunDirectory;
+use rpt::pipeline::RunDirectory;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]

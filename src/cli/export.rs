@@ -2,7 +2,7 @@
 
 use super::failure::Usage;
 use super::output;
-use super::pipeline_api::RunDirectory;
+use rpt::pipeline::RunDirectory;
 use anyhow::Context;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 //! How a failure is said: what failed, why, and a hint on a line of its own.
 
-use super::{output, pipeline_api};
+use super::output;
 use std::error::Error;
 use std::fmt::Write;
 use std::io::ErrorKind;
@@ -54,7 +54,7 @@ fn exit_code(cause: &(dyn Error + 'static)) -> Option<u8> {
     if cause.is::<Usage>() {
         return Some(USAGE);
     }
-    cause.downcast_ref().map(pipeline_api::exit_code)
+    cause.downcast_ref().map(rpt::Error::exit_code)
 }
 
 fn hint(cause: &(dyn Error + 'static)) -> Option<String> {

@@ -1,6 +1,6 @@
 //! What several commands read: a model, and a text.
 
-use super::pipeline_api::RunDirectory;
+use rpt::pipeline::RunDirectory;
 use anyhow::Context;
 use rpt::config::{Pipeline, TokenizerConfig};
 use rpt::model::Decoder;

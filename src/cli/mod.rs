@@ -11,7 +11,6 @@ mod input;
 mod inspect;
 mod logprobs;
 mod output;
-mod pipeline_api;
 mod report;
 mod rollout;
 mod run;
@@ -19,7 +18,7 @@ mod schema;
 mod verify;
 
 use clap::{Parser, Subcommand};
-use pipeline_api::Until;
+use rpt::pipeline::Until;
 use std::process::ExitCode;
 
 /// Shown below every command's help.
@@ -122,7 +121,8 @@ pub(crate) fn main() -> ExitCode {
             return if answer.use_stderr() { failure::USAGE.into() } else { ExitCode::SUCCESS };
         }
     };
-    match cli.command.execute() {
+    // On a worker of the pool, so that operations need no hand-over to start on it.
+    match rayon::scope(|_| cli.command.execute()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failure::say(&error).into(),
     }

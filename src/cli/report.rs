@@ -1,7 +1,7 @@
 //! `rpt report`: the page that shows a run.
 
 use super::output;
-use super::pipeline_api::RunDirectory;
+use rpt::pipeline::RunDirectory;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]

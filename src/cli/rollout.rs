@@ -109,7 +109,7 @@ impl Arguments {
             stop: StopRule {
                 eos: &[special.eos],
                 strings: &settings.stop,
-                token_bytes: &|id| tokenizer.token_bytes(id).to_vec(),
+                tokenizer,
                 max_new_tokens,
             },
             seed: self.seed,

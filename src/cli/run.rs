@@ -1,7 +1,7 @@
 //! `rpt run`, `rpt prepare` and `rpt train`: a pipeline up to some stage.
 
 use super::output;
-use super::pipeline_api::{self, RunOptions, RunOutcome, Until};
+use rpt::pipeline::{self, RunOptions, RunOutcome, Until};
 use anyhow::Context;
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -36,11 +36,11 @@ impl Arguments {
     pub(super) fn execute(&self, until: Until) -> anyhow::Result<()> {
         let loaded = rpt::config::load(&self.pipeline, &self.set).map_err(rpt::Error::from)?;
         if self.dry_run {
-            let plan = pipeline_api::plan(&loaded)?;
+            let plan = pipeline::plan(&loaded)?;
             return if self.json { output::json(&plan) } else { output::line(plan.to_string().trim_end()) };
         }
         let options = RunOptions { out: self.out.clone(), until };
-        let outcome = pipeline_api::run(&loaded, &options, &interrupt_flag()?)?;
+        let outcome = pipeline::run(&loaded, &options, &interrupt_flag()?)?;
         self.print(&outcome)
     }
 

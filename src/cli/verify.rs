@@ -2,7 +2,7 @@
 
 use super::failure::Damaged;
 use super::output;
-use super::pipeline_api::RunDirectory;
+use rpt::pipeline::RunDirectory;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
