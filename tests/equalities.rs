@@ -153,8 +153,7 @@ fn loss(decoder: &Decoder, forest: &Forest) -> f64 {
 
 fn gradient(decoder: &Decoder, forest: &Forest) -> Vec<f32> {
     let (rows, targets) = targets(forest);
-    let (mut cache, mut workspace, mut tape) =
-        (decoder.new_cache(), Workspace::default(), Tape::default());
+    let (mut cache, mut workspace, mut tape) = (decoder.new_cache(), Workspace::default(), Tape::default());
     let extensions = forest.enter(&mut cache);
     decoder.forward(forest.ids(), &extensions, &mut cache, &mut workspace, Some(&mut tape)).unwrap();
     let mut gradients = vec![0.0; decoder.parameters().len()];

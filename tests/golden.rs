@@ -74,8 +74,7 @@ fn check_gradients(name: &str, mut decoder: Decoder, golden: &Value) {
     let tokens = ids(&golden["sequences"][2]["ids"]);
     let mut forest = Forest::default();
     forest.add(None, &tokens);
-    let (mut cache, mut workspace, mut tape) =
-        (decoder.new_cache(), Workspace::default(), Tape::default());
+    let (mut cache, mut workspace, mut tape) = (decoder.new_cache(), Workspace::default(), Tape::default());
     let extensions = forest.enter(&mut cache);
     decoder.forward(&tokens, &extensions, &mut cache, &mut workspace, Some(&mut tape)).unwrap();
     let rows: Vec<usize> = (0..tokens.len() - 1).collect();
@@ -91,7 +90,11 @@ fn check_gradients(name: &str, mut decoder: Decoder, golden: &Value) {
         let expected = &expected[&parameter.name];
         let norm = grad.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
         let expected_norm = expected["l2"].as_f64().unwrap();
-        assert!((norm / expected_norm - 1.0).abs() < 1e-3, "{name} {}: {norm} {expected_norm}", parameter.name);
+        assert!(
+            (norm / expected_norm - 1.0).abs() < 1e-3,
+            "{name} {}: {norm} {expected_norm}",
+            parameter.name
+        );
         for (got, want) in grad.iter().zip(numbers(&expected["first"])) {
             let error = (f64::from(*got) - want).abs();
             assert!(error < 1e-4 * expected_norm.max(1e-3), "{name} {}: {got} {want}", parameter.name);

@@ -2,8 +2,8 @@
 
 use super::failure::Usage;
 use super::output;
-use rpt::pipeline::RunDirectory;
 use anyhow::Context;
+use rpt::pipeline::RunDirectory;
 use std::fs;
 use std::path::{Path, PathBuf};
 

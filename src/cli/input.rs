@@ -1,9 +1,9 @@
 //! What several commands read: a model, and a text.
 
-use rpt::pipeline::RunDirectory;
 use anyhow::Context;
 use rpt::config::{Pipeline, TokenizerConfig};
 use rpt::model::Decoder;
+use rpt::pipeline::RunDirectory;
 use rpt::tokenize::{SpecialTokens, Tokenizer};
 use std::io::Read;
 use std::path::{Path, PathBuf};

@@ -1,8 +1,8 @@
 //! `rpt run`, `rpt prepare` and `rpt train`: a pipeline up to some stage.
 
 use super::output;
-use rpt::pipeline::{self, RunOptions, RunOutcome, Until};
 use anyhow::Context;
+use rpt::pipeline::{self, RunOptions, RunOutcome, Until};
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;

@@ -52,7 +52,9 @@ impl ConfigError {
                 Some("give the path of a pipeline file, for example pipelines/quickstart.toml".into())
             }
             Self::Parse { hint, .. } => hint.clone(),
-            Self::Override { .. } => Some("write --set section.key=value, for example --set train.steps=10".into()),
+            Self::Override { .. } => {
+                Some("write --set section.key=value, for example --set train.steps=10".into())
+            }
             Self::Invalid { hint, .. } => Some(hint.clone()),
         }
     }
@@ -88,7 +90,8 @@ pub fn parse(text: &str, place: &str, overrides: &[String]) -> Result<Pipeline, 
     let pipeline = if overrides.is_empty() {
         toml::from_str(text).map_err(|error| parse_error(&error, text, place))?
     } else {
-        let mut table: toml::Table = toml::from_str(text).map_err(|error| parse_error(&error, text, place))?;
+        let mut table: toml::Table =
+            toml::from_str(text).map_err(|error| parse_error(&error, text, place))?;
         for argument in overrides {
             apply_override(&mut table, argument)?;
         }
@@ -113,7 +116,7 @@ fn parse_error(error: &toml::de::Error, text: &str, place: &str) -> ConfigError 
     ConfigError::Parse { place, message, hint }
 }
 
-/// `unknown field `x`, expected one of `a`, `b`` -> the nearest of the expected names.
+/// From serde's message about an unknown field or variant: the nearest of the expected names.
 fn suggestion(message: &str) -> Option<String> {
     let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
     if !message.starts_with("unknown ") {
@@ -183,7 +186,7 @@ mod tests {
         assert_eq!(pipeline.rollout.temperature, 0.5);
         assert_eq!(pipeline.corpus.source, "some/dir");
         assert!(parse(MINIMAL, "p.toml", &["train.steps".into()]).is_err());
-        assert!(parse(MINIMAL, "p.toml", &["seed.x.y=1".into(), "seed=1".into()]).is_err());
+        assert!(parse(MINIMAL, "p.toml", &["seed=1".into(), "seed.x=1".into()]).is_err());
     }
 
     #[test]

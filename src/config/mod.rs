@@ -118,6 +118,7 @@ pub struct ModelConfig {
 }
 
 /// `[model.scratch]`: a Qwen2-like decoder from random weights.
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of config.json")]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ScratchModel {

@@ -43,7 +43,12 @@ impl EvalSet {
     ///
     /// # Errors
     /// When the shards cannot be read.
-    pub fn new(shards: &TaskShards, tasks: &TasksConfig, config: &EvalConfig, seed: u64) -> Result<Self, Error> {
+    pub fn new(
+        shards: &TaskShards,
+        tasks: &TasksConfig,
+        config: &EvalConfig,
+        seed: u64,
+    ) -> Result<Self, Error> {
         let bounds = (tasks.min_entropy, tasks.max_entropy);
         let mut documents =
             (0..shards.documents()).map(|row| shards.document(row)).collect::<Result<Vec<_>, _>>()?;
@@ -77,13 +82,19 @@ impl EvalSet {
             (0..document.positions.len()).map(move |position| (document.clone(), position))
         });
         all.enumerate()
-            .map(|(ordinal, (document, position))| Task { ordinal: ordinal as u64, epoch: 0, document, position })
+            .map(|(ordinal, (document, position))| Task {
+                ordinal: ordinal as u64,
+                epoch: 0,
+                document,
+                position,
+            })
             .collect()
     }
 
     fn evaluation(&self, answers: &[Answer]) -> Evaluation {
         let marked: Vec<&Answer> = answers.iter().filter(|answer| answer.label.is_some()).collect();
-        let band: Vec<&Answer> = answers.iter().filter(|answer| inside(answer.entropy, self.bounds)).collect();
+        let band: Vec<&Answer> =
+            answers.iter().filter(|answer| inside(answer.entropy, self.bounds)).collect();
         let label = |answer: &Answer| answer.label.clone().unwrap_or_default();
         Evaluation {
             marked: self.breakdown(&marked, label),
@@ -183,8 +194,12 @@ pub fn reasoned(
     let tasks = set.tasks();
     let prompts = prompts(&tasks, template);
     let generation = engine.generate(&prompts, 1)?;
-    let numbers: BTreeMap<*const TaskDocument, u64> =
-        set.documents.iter().enumerate().map(|(number, document)| (Arc::as_ptr(document), number as u64)).collect();
+    let numbers: BTreeMap<*const TaskDocument, u64> = set
+        .documents
+        .iter()
+        .enumerate()
+        .map(|(number, document)| (Arc::as_ptr(document), number as u64))
+        .collect();
     let mut outcomes: BTreeMap<String, u64> = BTreeMap::new();
     let mut answers = Vec::with_capacity(tasks.len());
     for (task, group) in tasks.iter().zip(&generation.groups) {

@@ -13,7 +13,10 @@ pub struct ModelProxy<'a>(pub &'a Decoder);
 
 impl Proxy for ModelProxy<'_> {
     fn score(&self, pieces: &[Vec<u32>], top_k: usize) -> Result<Vec<Vec<PositionScore>>, Error> {
-        Ok(pieces.par_iter().map(|piece| self.score_piece(piece, top_k)).collect::<Result<_, ModelError>>()?)
+        Ok(pieces
+            .par_iter()
+            .map(|piece| self.score_piece(piece, top_k))
+            .collect::<Result<_, ModelError>>()?)
     }
 }
 

@@ -323,7 +323,8 @@ impl Job<'_> {
                 hidden.fill(0.0);
                 let largest = max(seen);
                 let sum = exp_in_place(seen, largest, scale);
-                let place = (piece.row + at / group) * self.geometry.heads + self.kv_head * group + at % group;
+                let place =
+                    (piece.row + at / group) * self.geometry.heads + self.kv_head * group + at % group;
                 // SAFETY: this (row, head) belongs to this job alone.
                 let log_sum = unsafe { log_sums.slice(place, 1) };
                 log_sum[0] = largest.mul_add(scale, sum.ln());
@@ -639,7 +640,7 @@ fn transpose_keys(panels: &[f32], geometry: Geometry, rows: &mut [f32]) {
 }
 
 multiversion! {
-    /// In place: scores to probabilities p = e^(scale * s - log_sum), and products dp to the
+    /// In place: scores to probabilities p = `e^(scale * s - log_sum)`, and products dp to the
     /// gradients of the unscaled scores p * (dp - product) * scale; zero past `visible`.
     fn score_gradients(
         scores: &mut [f32],

@@ -70,7 +70,7 @@ pub struct Normalizer {
 }
 
 impl Normalizer {
-    /// A normaliser of softmax(inverse_temperature * logits).
+    /// A normaliser of `softmax(inverse_temperature` * logits).
     pub fn new(inverse_temperature: f32) -> Self {
         Self { inverse_temperature, largest: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0 }
     }
@@ -94,7 +94,7 @@ impl Normalizer {
         normalizer
     }
 
-    /// ln of the sum of e^(inverse_temperature * logit).
+    /// ln of the sum of `e^(inverse_temperature` * logit).
     pub fn log_sum(&self) -> f32 {
         self.largest.mul_add(self.inverse_temperature, self.sum.ln())
     }
@@ -122,7 +122,12 @@ pub struct TokenScore {
 }
 
 /// Log-probabilities of one target per row of `hidden [rows, hidden]`.
-pub fn score(head: &PackedHead, hidden: &[f32], targets: &[u32], inverse_temperature: f32) -> Vec<TokenScore> {
+pub fn score(
+    head: &PackedHead,
+    hidden: &[f32],
+    targets: &[u32],
+    inverse_temperature: f32,
+) -> Vec<TokenScore> {
     let rows = targets.len();
     let mut states = vec![RowState::new(inverse_temperature); rows];
     let mut logits = Vec::new();
@@ -180,7 +185,7 @@ pub struct TargetGradient {
 
 /// Adds the gradients of hidden states `[rows, hidden]` and of the weight `[vocabulary, hidden]`.
 ///
-/// d logprob(t) / d logit(c) = inverse_temperature * ([c = t] - p(c)).
+/// d logprob(t) / d logit(c) = `inverse_temperature` * ([c = t] - p(c)).
 pub fn backward(
     head: &PackedHead,
     hidden: &[f32],
@@ -310,14 +315,16 @@ mod tests {
             v[at] += by;
             v
         };
-        for at in 0..states.len() {
-            let numeric =
-                (loss(&weight, &shifted(&states, at, 1e-3)) - loss(&weight, &shifted(&states, at, -1e-3))) / 2e-3;
-            assert!((numeric - f64::from(grad_hidden[at])).abs() < 2e-4, "{numeric} {}", grad_hidden[at]);
+        for (at, grad) in grad_hidden.iter().enumerate() {
+            let numeric = (loss(&weight, &shifted(&states, at, 1e-3))
+                - loss(&weight, &shifted(&states, at, -1e-3)))
+                / 2e-3;
+            assert!((numeric - f64::from(*grad)).abs() < 2e-4, "{numeric} {grad}");
         }
         for at in (0..weight.len()).step_by(97) {
-            let numeric =
-                (loss(&shifted(&weight, at, 1e-2), &states) - loss(&shifted(&weight, at, -1e-2), &states)) / 2e-2;
+            let numeric = (loss(&shifted(&weight, at, 1e-2), &states)
+                - loss(&shifted(&weight, at, -1e-2), &states))
+                / 2e-2;
             assert!((numeric - f64::from(grad_weight[at])).abs() < 2e-4);
         }
     }

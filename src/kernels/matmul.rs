@@ -134,7 +134,14 @@ thread_local! {
 /// A left matrix that is read across its rows (the transpose in a weight gradient) is first
 /// copied, a block of the inner dimension at a time; the chains go on through `out` from block to
 /// block, which changes no bit.
-fn block(left: Left, rows: Range<usize>, right: &Packed, panels: Range<usize>, out: &Disjoint, accumulate: bool) {
+fn block(
+    left: Left,
+    rows: Range<usize>,
+    right: &Packed,
+    panels: Range<usize>,
+    out: &Disjoint,
+    accumulate: bool,
+) {
     if left.inner_stride == 1 {
         let part = Part { left, rows, right, inner: 0..right.inner, accumulate };
         return part.sweep(panels, out);
@@ -446,7 +453,9 @@ mod tests {
 
     #[test]
     fn every_element_is_one_chain_for_any_shape() {
-        for (rows, columns, inner) in [(1, 1, 1), (1, 40, 7), (13, 33, 64), (25, 48, 3), (200, 300, 65), (7, 16, 0)] {
+        for (rows, columns, inner) in
+            [(1, 1, 1), (1, 40, 7), (13, 33, 64), (25, 48, 3), (200, 300, 65), (7, 16, 0)]
+        {
             let (a, w) = (values(rows * inner, 1), values(columns * inner, 2));
             let mut packed = Packed::default();
             packed.pack_transposed(&w, columns, inner);

@@ -4,6 +4,12 @@
 //! multiply-adds in a fixed order, and every reduction runs over sixteen lanes in a fixed tree.
 //! A result therefore depends neither on the batch it was computed in, nor on the number of
 //! threads, nor on the instruction set: decoding, prefill and training give the same bits.
+//!
+//! Slices must have the shapes that the functions state: a wrong one is a defect of the caller and
+//! panics.
+
+#![allow(clippy::missing_panics_doc, reason = "stated above for the whole room")]
+#![allow(clippy::inline_always, reason = "bodies must be compiled for their caller's instruction set")]
 
 pub mod attention;
 pub mod elementary;

@@ -28,8 +28,8 @@ pub fn replay(x: &[f32], weight: &[f32], scale: f32, out: &mut [f32]) {
 multiversion! {
     /// Adds the input gradient of one row to `grad_x` and the weight gradient to `grad_weight`.
     ///
-    /// With n elements, s the forward factor and g = grad_out * weight:
-    /// dx = s * g - s^3 * x * mean(g * x), dw = grad_out * x * s.
+    /// With n elements, s the forward factor and g = `grad_out * weight`:
+    /// dx = s * g - s^3 * x * mean(g * x), dw = `grad_out * x * s`.
     pub fn backward(
         x: &[f32],
         weight: &[f32],

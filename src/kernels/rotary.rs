@@ -1,5 +1,5 @@
 //! Rotary position embedding (Su et al., arXiv 2104.09864) in the half-split layout of the
-//! Hugging Face Llama and Qwen models: element i turns with element i + head_dim / 2.
+//! Hugging Face Llama and Qwen models: element i turns with element i + `head_dim` / 2.
 
 /// Cosines and sines of every position.
 #[derive(Clone, Debug)]
@@ -28,7 +28,7 @@ impl RotaryTable {
 
     /// Positions that the table covers.
     pub fn positions(&self) -> usize {
-        if self.half == 0 { usize::MAX } else { self.cosines.len() / self.half }
+        self.cosines.len().checked_div(self.half).unwrap_or(usize::MAX)
     }
 
     /// Turns every head of one row by its position.

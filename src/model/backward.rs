@@ -95,7 +95,14 @@ impl Decoder {
         let grad_attended = sized(&mut buffers.attended, rows * queries);
         matmul(Left::rows(grad_x, config.hidden_size), rows, &packed.output, grad_attended, false);
         let output = &mut gradients[at.output.clone()];
-        add_weight_gradient(grad_x, config.hidden_size, &saved.attended, queries, output, &mut buffers.packed);
+        add_weight_gradient(
+            grad_x,
+            config.hidden_size,
+            &saved.attended,
+            queries,
+            output,
+            &mut buffers.packed,
+        );
         self.attention_backward(layer, tape, cache, buffers);
         self.unturn(at, saved, &tape.positions, gradients, buffers);
         let (width, hidden) = (config.qkv_width(), config.hidden_size);
@@ -136,7 +143,14 @@ impl Decoder {
         add_weight_gradient(&buffers.inner, 2 * inner, &buffers.normed, hidden, weight, &mut buffers.packed);
         let grad_normed = sized(&mut buffers.normed, rows * hidden);
         matmul(Left::rows(&buffers.inner, 2 * inner), rows, &packed.gate_up, grad_normed, false);
-        self.norm_backward(&saved.middle, &at.post_norm, &saved.middle_scales, grad_normed, grad_x, gradients);
+        self.norm_backward(
+            &saved.middle,
+            &at.post_norm,
+            &saved.middle_scales,
+            grad_normed,
+            grad_x,
+            gradients,
+        );
     }
 
     /// Gradients of rotated queries and keys and of values, as rows like those of the forward pass.

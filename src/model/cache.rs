@@ -196,7 +196,14 @@ impl KvCache {
     }
 
     /// Writes one position's keys and values (`kv_heads x head_dim` each).
-    pub(super) fn write(&mut self, layer: usize, NodeId(node): NodeId, at: usize, keys: &[f32], values: &[f32]) {
+    pub(super) fn write(
+        &mut self,
+        layer: usize,
+        NodeId(node): NodeId,
+        at: usize,
+        keys: &[f32],
+        values: &[f32],
+    ) {
         let Some((page, lane)) = self.locate(node, at) else { return };
         let (dim, padded) = (self.geometry.head_dim, self.geometry.padded());
         let (key_page, value_page) = (self.geometry.key_page(), self.geometry.value_page());
@@ -248,7 +255,9 @@ mod tests {
             assert_eq!(cache.path_length(*leaf), 60);
         }
         assert_eq!(cache.used_pages(), 11);
-        leaves.iter().for_each(|leaf| cache.release_path(*leaf));
+        for leaf in leaves {
+            cache.release_path(leaf);
+        }
         assert_eq!(cache.used_pages(), 0);
         let again = cache.insert(None);
         cache.extend(again, 176, 0);

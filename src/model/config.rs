@@ -210,7 +210,9 @@ impl Reader<'_> {
             .and_then(|settings| settings.get("rope_theta"))
             .or_else(|| self.present("rope_theta"))
             .map_or(Some(10_000.0), Value::as_f64);
-        theta.filter(|theta| *theta > 0.0).ok_or_else(|| self.bad("`rope_theta` is not a positive number".into()))
+        theta
+            .filter(|theta| *theta > 0.0)
+            .ok_or_else(|| self.bad("`rope_theta` is not a positive number".into()))
     }
 
     fn refuse_unsupported(&self, architecture: Architecture) -> Result<(), ModelError> {
@@ -238,7 +240,9 @@ impl Reader<'_> {
         let kv_heads = self.size_or("num_key_value_heads", Some(heads))?;
         let head_dim = self.size_or("head_dim", Some(hidden_size / heads))?;
         if heads % kv_heads != 0 || head_dim % 2 != 0 {
-            return Err(self.bad(format!("{heads} heads, {kv_heads} key/value heads of {head_dim} do not fit")));
+            return Err(
+                self.bad(format!("{heads} heads, {kv_heads} key/value heads of {head_dim} do not fit"))
+            );
         }
         let epsilon = self.present("rms_norm_eps").map_or(Some(1e-6), Value::as_f64);
         Ok(DecoderConfig {

@@ -241,7 +241,12 @@ impl Decoder {
     ) {
         let (packed, at) = (&self.packed[layer].forward, &self.layout.layers[layer]);
         let (rows, width) = (workspace.positions.len(), self.config.qkv_width());
-        self.norm_rows(&workspace.x, &at.input_norm, &mut workspace.normed, tape.as_deref_mut().map(|t| &mut t.input_scales));
+        self.norm_rows(
+            &workspace.x,
+            &at.input_norm,
+            &mut workspace.normed,
+            tape.as_deref_mut().map(|t| &mut t.input_scales),
+        );
         if let Some(tape) = tape.as_deref_mut() {
             copy_to(&mut tape.input, &workspace.x);
         }

@@ -29,7 +29,8 @@ impl Forest {
     /// # Panics
     /// When `parent` is not a segment of this forest.
     pub fn add(&mut self, parent: Option<usize>, ids: &[u32]) -> usize {
-        let position = parent.map_or(0, |parent| self.segments[parent].position + self.segments[parent].length);
+        let position =
+            parent.map_or(0, |parent| self.segments[parent].position + self.segments[parent].length);
         self.segments.push(Segment { parent, row: self.ids.len(), length: ids.len(), position });
         self.ids.extend_from_slice(ids);
         self.segments.len() - 1

@@ -86,8 +86,9 @@ impl Layout {
             });
             at.qkv = weights[0].start..weights[2].end;
             if config.attention_bias {
-                let biases = projections
-                    .map(|(p, rows)| layout.add(name(&format!("self_attn.{p}_proj.bias")), 1, rows, Role::Bias));
+                let biases = projections.map(|(p, rows)| {
+                    layout.add(name(&format!("self_attn.{p}_proj.bias")), 1, rows, Role::Bias)
+                });
                 at.qkv_bias = biases[0].start..biases[2].end;
             }
             if config.qk_norm {

@@ -29,7 +29,7 @@ impl Decoder {
         }
     }
 
-    /// Writes config.json, generation_config.json and model.safetensors (f32).
+    /// Writes config.json, `generation_config.json` and model.safetensors (f32).
     ///
     /// # Errors
     /// When a file cannot be written.
@@ -93,7 +93,8 @@ fn weight_files(directory: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let text =
         std::fs::read_to_string(&index).map_err(|source| ModelError::Io { path: index.clone(), source })?;
     let value: Value = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
-    let map = value.get("weight_map").and_then(Value::as_object).ok_or_else(|| bad("no `weight_map`".into()))?;
+    let map =
+        value.get("weight_map").and_then(Value::as_object).ok_or_else(|| bad("no `weight_map`".into()))?;
     let mut names: Vec<&str> = map.values().filter_map(Value::as_str).collect();
     names.sort_unstable();
     names.dedup();

@@ -145,7 +145,11 @@ impl RunDirectory {
         let run = Run::open(&loaded, self.paths.0.clone(), &Arc::new(AtomicBool::new(false)))?;
         run.vocabulary.tokenizer.check_vocabulary(decoder.config().vocab_size)?;
         if run.sources.held_out.is_some() {
-            super::build_tasks(&run, "eval", &self.decoder(Some("pretrain")).or_else(|_| self.decoder(None))?)?;
+            super::build_tasks(
+                &run,
+                "eval",
+                &self.decoder(Some("pretrain")).or_else(|_| self.decoder(None))?,
+            )?;
         }
         match Evaluator::open(&run)?.both(&decoder)? {
             Some((plain, reasoned)) => Ok(serde_json::json!({ "plain": plain, "reasoned": reasoned })),
@@ -199,7 +203,8 @@ impl RunDirectory {
         for split in ["train", "eval"] {
             let directory = self.paths.tasks(split);
             if let Ok(manifest) = crate::tasks::Manifest::load(&directory) {
-                let checked = TaskShards::open(&directory, &manifest.fingerprints).and_then(|shards| shards.verify());
+                let checked =
+                    TaskShards::open(&directory, &manifest.fingerprints).and_then(|shards| shards.verify());
                 damaged.extend(checked.err().map(|error| error.to_string()));
             }
         }

@@ -11,7 +11,7 @@ use crate::rollout::Sampling;
 use crate::tasks::TaskShards;
 
 /// Evaluates models on a run's held-out tasks.
-pub struct Evaluator<'run> {
+pub(super) struct Evaluator<'run> {
     run: &'run Run,
     set: Option<EvalSet>,
 }
@@ -21,7 +21,7 @@ impl<'run> Evaluator<'run> {
     ///
     /// # Errors
     /// When the shards cannot be read.
-    pub fn open(run: &'run Run) -> Result<Self, Error> {
+    pub(super) fn open(run: &'run Run) -> Result<Self, Error> {
         let (Some(config), true) = (&run.pipeline.eval, run.sources.held_out.is_some()) else {
             return Ok(Self { run, set: None });
         };
@@ -34,7 +34,7 @@ impl<'run> Evaluator<'run> {
     ///
     /// # Errors
     /// When the model cannot be run or the file cannot be written.
-    pub fn plain(&self, name: &str, decoder: &Decoder) -> Result<(), Error> {
+    pub(super) fn plain(&self, name: &str, decoder: &Decoder) -> Result<(), Error> {
         self.once(name, |set| plain(decoder, set, &self.header()))
     }
 
@@ -42,7 +42,7 @@ impl<'run> Evaluator<'run> {
     ///
     /// # Errors
     /// As [`Evaluator::plain`].
-    pub fn reasoned(&self, name: &str, decoder: &Decoder) -> Result<(), Error> {
+    pub(super) fn reasoned(&self, name: &str, decoder: &Decoder) -> Result<(), Error> {
         self.once(name, |set| self.reasoned_now(decoder, set))
     }
 
@@ -50,7 +50,7 @@ impl<'run> Evaluator<'run> {
     ///
     /// # Errors
     /// When the model cannot be run.
-    pub fn both(&self, decoder: &Decoder) -> Result<Option<(Evaluation, Evaluation)>, Error> {
+    pub(super) fn both(&self, decoder: &Decoder) -> Result<Option<(Evaluation, Evaluation)>, Error> {
         let Some(set) = &self.set else { return Ok(None) };
         Ok(Some((plain(decoder, set, &self.header())?, self.reasoned_now(decoder, set)?)))
     }
@@ -66,7 +66,11 @@ impl<'run> Evaluator<'run> {
         self.run.vocabulary.special.bos.into_iter().collect()
     }
 
-    fn once(&self, name: &str, evaluate: impl FnOnce(&EvalSet) -> Result<Evaluation, Error>) -> Result<(), Error> {
+    fn once(
+        &self,
+        name: &str,
+        evaluate: impl FnOnce(&EvalSet) -> Result<Evaluation, Error>,
+    ) -> Result<(), Error> {
         let Some(set) = &self.set else { return Ok(()) };
         let path = self.run.paths.evaluation(name);
         if read_json::<Evaluation>(&path)?.is_some() {

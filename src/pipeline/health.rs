@@ -10,7 +10,7 @@ const WINDOW: usize = 20;
 
 /// Figures of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Vitals {
+pub(super) struct Vitals {
     /// Mean reward.
     pub reward: f64,
     /// Mean tokens of a thought.
@@ -21,7 +21,7 @@ pub struct Vitals {
 
 /// Figures of the first and the last steps; part of the checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Health {
+pub(super) struct Health {
     first: Vec<Vitals>,
     last: VecDeque<Vitals>,
     warned: bool,
@@ -32,7 +32,7 @@ impl Health {
     ///
     /// # Errors
     /// When reward or mixed groups of the first step are below the configured minimum.
-    pub fn check_start(vitals: Vitals, config: &TrainConfig) -> Result<(), PipelineError> {
+    pub(super) fn check_start(vitals: Vitals, config: &TrainConfig) -> Result<(), PipelineError> {
         let mixed = 1.0 - vitals.uniform;
         let (min_reward, min_mixed) = (config.min_initial_reward, config.min_initial_mixed_groups);
         if vitals.reward >= f64::from(min_reward) && mixed >= f64::from(min_mixed) {
@@ -47,7 +47,7 @@ impl Health {
     }
 
     /// Takes in a step; names a collapse the first time that it is seen.
-    pub fn observe(&mut self, vitals: Vitals) -> Option<String> {
+    pub(super) fn observe(&mut self, vitals: Vitals) -> Option<String> {
         if self.first.len() < WINDOW {
             self.first.push(vitals);
             return None;

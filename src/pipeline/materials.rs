@@ -63,7 +63,8 @@ impl Sources {
         if pipeline.tasks.source.is_none() {
             sources.tasks = with(generated.tasks);
         }
-        sources.held_out = sources.held_out.or_else(|| pipeline.eval.is_some().then(|| with(generated.heldout)));
+        sources.held_out =
+            sources.held_out.or_else(|| pipeline.eval.is_some().then(|| with(generated.heldout)));
         sources.traces = sources.traces.or(Some(generated.traces.display().to_string()));
         sources.clean_traces = sources.clean_traces.or(Some(generated.clean_traces.display().to_string()));
         Ok(sources)
@@ -86,7 +87,12 @@ impl Vocabulary {
     ///
     /// # Errors
     /// When it cannot be loaded or trained.
-    pub fn open(pipeline: &Pipeline, corpus: &CorpusConfig, directory: &Path, log: &Log) -> Result<Self, Error> {
+    pub fn open(
+        pipeline: &Pipeline,
+        corpus: &CorpusConfig,
+        directory: &Path,
+        log: &Log,
+    ) -> Result<Self, Error> {
         let trained = directory.join("tokenizer.json");
         let path = match (&pipeline.tokenizer.train, &pipeline.tokenizer.path, &pipeline.model.path) {
             (Some(settings), _, _) => {
@@ -133,7 +139,7 @@ fn last_documents(corpus: &CorpusConfig, count: usize) -> Result<Vec<String>, Er
 ///
 /// # Errors
 /// When it cannot be loaded, or tokenizer and model do not fit.
-pub fn initial_decoder(pipeline: &Pipeline, tokenizer: &Tokenizer) -> Result<Decoder, Error> {
+pub(super) fn initial_decoder(pipeline: &Pipeline, tokenizer: &Tokenizer) -> Result<Decoder, Error> {
     let decoder = match (&pipeline.model.path, &pipeline.model.scratch) {
         (Some(path), _) => Decoder::load(path)?,
         (None, Some(scratch)) => Decoder::from_scratch(scratch, tokenizer.vocab_size(), pipeline.seed),
@@ -172,7 +178,7 @@ fn check_lengths(pipeline: &Pipeline, config: &DecoderConfig) -> Result<(), Erro
 ///
 /// # Errors
 /// When they cannot be read.
-pub fn load_traces(source: &str) -> Result<(Vec<Trace>, BTreeSet<String>), Error> {
+pub(super) fn load_traces(source: &str) -> Result<(Vec<Trace>, BTreeSet<String>), Error> {
     let traces = read_traces(source)?;
     let covered = traces.iter().filter_map(|trace| trace.label.clone()).collect();
     Ok((traces, covered))
@@ -182,7 +188,7 @@ pub fn load_traces(source: &str) -> Result<(Vec<Trace>, BTreeSet<String>), Error
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), Error> {
+pub(super) fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), Error> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|error| PipelineError::Malformed { path: path.to_path_buf(), message: error.to_string() })?;
     Ok(atomic_write(path, format!("{text}\n").as_bytes())?)
@@ -192,13 +198,15 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), Erro
 ///
 /// # Errors
 /// When it cannot be read or parsed.
-pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
+pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(PipelineError::io(path)(error).into()),
     };
-    let malformed =
-        |error: serde_json::Error| PipelineError::Malformed { path: path.to_path_buf(), message: error.to_string() };
+    let malformed = |error: serde_json::Error| PipelineError::Malformed {
+        path: path.to_path_buf(),
+        message: error.to_string(),
+    };
     Ok(Some(serde_json::from_str(&text).map_err(malformed)?))
 }

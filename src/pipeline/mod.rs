@@ -163,8 +163,11 @@ fn build_tasks(run: &Run, split: &str, base: &Decoder) -> Result<(), Error> {
         keep_marked: held_out,
     };
     let mut documents = Corpus::open(source)?.documents();
-    let manifest =
-        builder.build(documents.by_ref().map(|document| document.map_err(Error::from)), &directory, fingerprints)?;
+    let manifest = builder.build(
+        documents.by_ref().map(|document| document.map_err(Error::from)),
+        &directory,
+        fingerprints,
+    )?;
     let counts = documents.counts();
     for place in &counts.quarantined {
         run.log.warn(format!("quarantined {place}"));
@@ -215,16 +218,21 @@ fn evaluate_all(run: &Run, trained: &Trained) -> Result<(), Error> {
     if let Some(train) = &trained.train {
         evaluator.reasoned("reasoning_after", &train.decoder)?;
     }
-    if let (true, Some(config), Some(state)) = (controls.continued_ntp, &run.pipeline.pretrain, &trained.pretrain) {
+    if let (true, Some(config), Some(state)) =
+        (controls.continued_ntp, &run.pipeline.pretrain, &trained.pretrain)
+    {
         let steps = steps_for(trained.cold_start_flops() + trained.train_flops(), state);
         let optimizer = continued(&config.optimizer);
         let stage = SupervisedStage { name: "continued_ntp", steps, optimizer: &optimizer };
         let start = || Ok((trained.base.inference_copy(), metrics_bytes, state.source));
-        let finished = run_supervised(run, &stage, start, |cursor| CorpusExamples::open(run, config, cursor))?;
+        let finished =
+            run_supervised(run, &stage, start, |cursor| CorpusExamples::open(run, config, cursor))?;
         evaluator.plain("continued_ntp", &finished.decoder)?;
         metrics_bytes = finished.state.metrics_bytes;
     }
-    let (Some(config), Some(cold_start)) = (&run.pipeline.cold_start, &trained.cold_start) else { return Ok(()) };
+    let (Some(config), Some(cold_start)) = (&run.pipeline.cold_start, &trained.cold_start) else {
+        return Ok(());
+    };
     if controls.more_cold_start {
         let steps = steps_for(trained.train_flops(), &cold_start.state);
         let start = || Ok((cold_start.decoder.inference_copy(), metrics_bytes, Cursor::default()));

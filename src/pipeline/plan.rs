@@ -68,7 +68,13 @@ fn stages(loaded: &Loaded) -> Vec<(String, String)> {
         add("pretrain", format!("{} steps of {} documents", pretrain.steps, pretrain.documents_per_step));
     }
     let tasks = &pipeline.tasks;
-    add("tasks", format!("{:?} selection, entropy {} to {} nats", tasks.selection, tasks.min_entropy, tasks.max_entropy));
+    add(
+        "tasks",
+        format!(
+            "{:?} selection, entropy {} to {} nats",
+            tasks.selection, tasks.min_entropy, tasks.max_entropy
+        ),
+    );
     if let Some(cold_start) = &pipeline.cold_start {
         add("cold_start", format!("{} steps of {} traces", cold_start.steps, cold_start.traces_per_step));
     }
@@ -99,7 +105,15 @@ impl fmt::Display for Plan {
             writeln!(f, "  {name:<16} {what}")?;
         }
         writeln!(f, "parameters        {}", self.parameters)?;
-        writeln!(f, "weights, gradients and moments (f32): {:.1} MiB", self.training_bytes as f64 / 1_048_576.0)?;
-        write!(f, "rollouts per step {} (at most {} tokens)", self.rollouts_per_step, self.max_sampled_tokens_per_step)
+        writeln!(
+            f,
+            "weights, gradients and moments (f32): {:.1} MiB",
+            self.training_bytes as f64 / 1_048_576.0
+        )?;
+        write!(
+            f,
+            "rollouts per step {} (at most {} tokens)",
+            self.rollouts_per_step, self.max_sampled_tokens_per_step
+        )
     }
 }

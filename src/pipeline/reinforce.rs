@@ -26,7 +26,7 @@ const LOGGED_CONTEXT: usize = 400;
 
 /// What a checkpoint of this stage says besides weights and optimiser.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct ReinforceState {
+pub(super) struct ReinforceState {
     /// The trained frontier of the task stream.
     pub cursor: TaskCursor,
     /// Totals of the ledger.
@@ -88,7 +88,7 @@ struct Costs {
 ///
 /// # Errors
 /// When it cannot be opened, starts from too little skill, a step fails, or a signal asks for a stop.
-pub fn reinforce(
+pub(super) fn reinforce(
     run: &Run,
     config: &TrainConfig,
     start: impl FnOnce() -> Result<(Decoder, u64), Error>,
@@ -96,7 +96,7 @@ pub fn reinforce(
 ) -> Result<Finished<ReinforceState>, Error> {
     let start = || start().map(|(decoder, bytes)| (decoder, bytes, ReinforceState::default()));
     let stage = match Stage::open(run, "train", config.steps, &config.optimizer, start)? {
-        Opened::Finished(finished) => return Ok(finished),
+        Opened::Finished(finished) => return Ok(*finished),
         Opened::Open(stage) => stage,
     };
     let reference = if config.kl_weight > 0.0 { Some(reference()?) } else { None };
@@ -104,7 +104,7 @@ pub fn reinforce(
     let mut progress = Progress::new(&run.log, "train", this.stage.state.step, config.steps);
     while !this.stage.is_finished() {
         let (groups, costs) = this.sample_and_score()?;
-        let figures = this.learn(groups, costs)?;
+        let figures = this.learn(&groups, costs)?;
         progress.step(this.stage.state.step, &figures);
         if this.stage.is_due() {
             this.commit()?;
@@ -218,20 +218,20 @@ impl<'run> Reinforcement<'run> {
     }
 
     /// Updates the policy and writes down what happened; returns figures for the progress line.
-    fn learn(&mut self, groups: Vec<Group>, mut costs: Costs) -> Result<[(&'static str, f64); 3], Error> {
-        let vitals = self.vitals(&groups);
+    fn learn(&mut self, groups: &[Group], mut costs: Costs) -> Result<[(&'static str, f64); 3], Error> {
+        let vitals = self.vitals(groups);
         if self.stage.state.step == 0 {
             Health::check_start(vitals, self.config)?;
         }
         let start = Instant::now();
-        let stats = self.update(&groups)?;
+        let stats = self.update(groups)?;
         costs.update = start.elapsed().as_secs_f64();
         self.stage.state.step += 1;
         self.stage.state.flops += costs.flops + stats.totals.flops;
         self.stage.state.tokens += costs.sampled_tokens;
-        self.close_ledger(&groups)?;
-        self.write_metrics(&groups, vitals, &stats, costs)?;
-        self.log_rollouts(&groups)?;
+        self.close_ledger(groups)?;
+        self.write_metrics(groups, vitals, &stats, costs)?;
+        self.log_rollouts(groups)?;
         if let Some(symptom) = self.stage.state.source.health.observe(vitals) {
             let step = self.stage.state.step;
             self.stage.run.log.warn(format!("thinking collapsed at step {step}: {symptom}"));
@@ -313,7 +313,8 @@ impl<'run> Reinforcement<'run> {
         stats: &UpdateStats,
         costs: Costs,
     ) -> Result<(), Error> {
-        let mut outcomes: BTreeMap<&str, u64> = Outcome::ALL.iter().map(|outcome| (outcome.name(), 0)).collect();
+        let mut outcomes: BTreeMap<&str, u64> =
+            Outcome::ALL.iter().map(|outcome| (outcome.name(), 0)).collect();
         for score in groups.iter().flat_map(|group| &group.scores) {
             *outcomes.entry(score.outcome.name()).or_default() += 1;
         }
@@ -357,7 +358,8 @@ impl<'run> Reinforcement<'run> {
 
     fn row(&self, group: &Group, sample: usize) -> RolloutRow {
         let tokenizer = &self.stage.run.vocabulary.tokenizer;
-        let (position, rollout, score) = (group.task.position(), &group.rollouts[sample], &group.scores[sample]);
+        let (position, rollout, score) =
+            (group.task.position(), &group.rollouts[sample], &group.scores[sample]);
         let reply = &group.replies[sample];
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let context = tokenizer.decode_lossy(&group.task.document.tokens[..position.index as usize]);
@@ -426,7 +428,7 @@ fn tokens_within(tokens: &[u32], bytes: usize, tokenizer: &crate::tokenize::Toke
 }
 
 /// The pipeline's sampling settings.
-pub fn sampling(run: &Run) -> Sampling {
+pub(super) fn sampling(run: &Run) -> Sampling {
     let rollout = &run.pipeline.rollout;
     Sampling {
         temperature: rollout.temperature,
@@ -437,7 +439,12 @@ pub fn sampling(run: &Run) -> Sampling {
 }
 
 /// An engine over a run's vocabulary.
-pub fn engine<'a>(run: &'a Run, decoder: &'a Decoder, sampling: Sampling, policy_version: u64) -> Engine<'a> {
+pub(super) fn engine<'a>(
+    run: &'a Run,
+    decoder: &'a Decoder,
+    sampling: Sampling,
+    policy_version: u64,
+) -> Engine<'a> {
     let vocabulary = &run.vocabulary;
     let stop = StopRule {
         eos: std::slice::from_ref(&vocabulary.special.eos),

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Name of the resolved pipeline inside a run directory.
-pub const PIPELINE_FILE: &str = "pipeline.toml";
+pub(super) const PIPELINE_FILE: &str = "pipeline.toml";
 
 /// Places inside a run directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,7 +139,7 @@ impl Run {
 ///
 /// # Errors
 /// When it cannot be written as TOML.
-pub fn resolved_text(pipeline: &Pipeline) -> Result<String, Error> {
+pub(super) fn resolved_text(pipeline: &Pipeline) -> Result<String, Error> {
     let malformed = |error: toml::ser::Error| PipelineError::Malformed {
         path: PIPELINE_FILE.into(),
         message: error.to_string(),
@@ -157,7 +157,9 @@ fn claim(paths: &Paths, text: &str) -> Result<(), Error> {
             let differences = differences(&found, text);
             Err(PipelineError::ForeignRun { directory: directory.clone(), differences }.into())
         }
-        Err(_) if holds_files(directory) => Err(PipelineError::NotARun { directory: directory.clone() }.into()),
+        Err(_) if holds_files(directory) => {
+            Err(PipelineError::NotARun { directory: directory.clone() }.into())
+        }
         Err(_) => Ok(()),
     }
 }

@@ -12,12 +12,12 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::time::Instant;
 
 /// Names of the training stages, in order.
-pub const STAGES: [&str; 6] =
+pub(super) const STAGES: [&str; 6] =
     ["pretrain", "cold_start", "train", "continued_ntp", "more_cold_start", "clean_traces"];
 
 /// What a checkpoint says of a stage besides weights and optimiser.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct StageState<S> {
+pub(super) struct StageState<S> {
     /// Finished steps.
     pub step: u64,
     /// Steps of the whole stage.
@@ -35,7 +35,7 @@ pub struct StageState<S> {
 }
 
 /// A stage under way: the trainer with its checkpoints.
-pub struct Stage<'run, S> {
+pub(super) struct Stage<'run, S> {
     /// The run.
     pub run: &'run Run,
     /// Name of the stage.
@@ -51,15 +51,15 @@ pub struct Stage<'run, S> {
 }
 
 /// A stage at its newest intact checkpoint.
-pub enum Opened<'run, S> {
+pub(super) enum Opened<'run, S> {
     /// All steps are done.
-    Finished(Finished<S>),
+    Finished(Box<Finished<S>>),
     /// Steps are left.
     Open(Box<Stage<'run, S>>),
 }
 
 /// A finished stage.
-pub struct Finished<S> {
+pub(super) struct Finished<S> {
     /// The trained model.
     pub decoder: Decoder,
     /// What its last checkpoint says.
@@ -71,14 +71,15 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
     ///
     /// # Errors
     /// When checkpoints belong to another pipeline, all are damaged, or files cannot be opened.
-    pub fn open(
+    pub(super) fn open(
         run: &'run Run,
         name: &'static str,
         steps: u64,
         optimizer: &OptimizerConfig,
         start: impl FnOnce() -> Result<(Decoder, u64, S), Error>,
     ) -> Result<Opened<'run, S>, Error> {
-        let mut store = CheckpointStore::open(&run.paths.checkpoints(name), run.pipeline.run.keep_checkpoints)?;
+        let mut store =
+            CheckpointStore::open(&run.paths.checkpoints(name), run.pipeline.run.keep_checkpoints)?;
         for recovered in store.recovered() {
             run.log.warn(recovered.to_string());
         }
@@ -98,7 +99,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
         let state: StageState<S> = checkpoint.json("state")?;
         let decoder = read_decoder(&checkpoint)?;
         if state.step >= state.steps {
-            return Ok(Opened::Finished(Finished { decoder, state }));
+            return Ok(Opened::Finished(Box::new(Finished { decoder, state })));
         }
         let mut trainer = Trainer::new(decoder, optimizer, steps)?;
         let saved = checkpoint.tensors("optimizer")?;
@@ -112,12 +113,12 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
     }
 
     /// Whether there is nothing left to do.
-    pub fn is_finished(&self) -> bool {
+    pub(super) fn is_finished(&self) -> bool {
         self.state.step >= self.state.steps
     }
 
     /// Whether this step ends with a checkpoint.
-    pub fn is_due(&self) -> bool {
+    pub(super) fn is_due(&self) -> bool {
         let every = self.run.pipeline.run.checkpoint_every;
         self.is_finished() || self.state.step.is_multiple_of(every) || self.run.interrupted()
     }
@@ -126,7 +127,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
     ///
     /// # Errors
     /// When it cannot be written, or a signal asked for a stop.
-    pub fn commit(&mut self) -> Result<(), Error> {
+    pub(super) fn commit(&mut self) -> Result<(), Error> {
         self.state.metrics_bytes = self.metrics.sync()?;
         self.state.seconds += self.since.elapsed().as_secs_f64();
         self.since = Instant::now();
@@ -171,7 +172,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
     }
 
     /// Ends the stage.
-    pub fn finish(self) -> Finished<S> {
+    pub(super) fn finish(self) -> Finished<S> {
         Finished { decoder: self.trainer.into_decoder(), state: self.state }
     }
 }
@@ -180,7 +181,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
 ///
 /// # Errors
 /// When its configuration or tensors are damaged.
-pub fn read_decoder(checkpoint: &crate::checkpoint::Checkpoint) -> Result<Decoder, Error> {
+pub(super) fn read_decoder(checkpoint: &crate::checkpoint::Checkpoint) -> Result<Decoder, Error> {
     let path = checkpoint.path().join("config.json");
     let config = DecoderConfig::from_json(&path, &checkpoint.json("config")?)?;
     let weights = checkpoint.tensors("model")?;

@@ -8,7 +8,9 @@ use crate::checkpoint::CheckpointStore;
 use crate::config::{Loaded, Pipeline};
 use crate::error::Error;
 use crate::eval::{Breakdown, Evaluation};
-use crate::report::{Curves, ReportInput, Table, TableLabel, TableRow, sample_rows, table_text, write_report};
+use crate::report::{
+    Curves, ReportInput, Table, TableLabel, TableRow, sample_rows, table_text, write_report,
+};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -27,11 +29,10 @@ const ROWS: [(&str, &str); 6] = [
 ///
 /// # Errors
 /// When its files cannot be read.
-pub fn is_finished(loaded: &Loaded, directory: &Path) -> Result<bool, Error> {
+pub(super) fn is_finished(loaded: &Loaded, directory: &Path) -> Result<bool, Error> {
     let paths = Paths(directory.to_path_buf());
-    let same = std::fs::read_to_string(paths.pipeline()).is_ok_and(|text| {
-        resolved_text(&loaded.pipeline).is_ok_and(|wanted| wanted == text)
-    });
+    let same = std::fs::read_to_string(paths.pipeline())
+        .is_ok_and(|text| resolved_text(&loaded.pipeline).is_ok_and(|wanted| wanted == text));
     Ok(same && read_json::<Value>(&paths.summary())?.is_some())
 }
 
@@ -85,13 +86,16 @@ fn report(
     add("seed", pipeline.seed.to_string());
     for (stage, figures) in stage_figures(paths, pipeline)? {
         let flops = figures["flops"].as_f64().unwrap_or(0.0);
-        add(&stage, format!(
-            "{} of {} steps, {} tokens, {flops:.2e} operations, {:.1} s",
-            figures["step"],
-            figures["steps"],
-            figures["tokens"],
-            figures["seconds"].as_f64().unwrap_or(0.0)
-        ));
+        add(
+            &stage,
+            format!(
+                "{} of {} steps, {} tokens, {flops:.2e} operations, {:.1} s",
+                figures["step"],
+                figures["steps"],
+                figures["tokens"],
+                figures["seconds"].as_f64().unwrap_or(0.0)
+            ),
+        );
     }
     let rollouts = paths.rollouts();
     let input = ReportInput {
@@ -187,7 +191,8 @@ fn table(
         .iter()
         .filter_map(|(name, words)| Some((*name, *words, part(evaluations.get(name)?)?)))
         .collect();
-    let names: BTreeSet<&String> = found.iter().flat_map(|(_, _, breakdown)| breakdown.by_band.keys()).collect();
+    let names: BTreeSet<&String> =
+        found.iter().flat_map(|(_, _, breakdown)| breakdown.by_band.keys()).collect();
     let labels = names
         .iter()
         .map(|name| TableLabel { name: (*name).clone(), covered_by_traces: covered.contains(*name) })

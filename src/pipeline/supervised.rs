@@ -17,7 +17,7 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 /// Where the examples of a supervised stage come from.
-pub trait Examples {
+pub(super) trait Examples {
     /// The kinds of examples of a step (from 0); each kind's loss is a mean over its tokens.
     ///
     /// # Errors
@@ -29,7 +29,7 @@ pub trait Examples {
 }
 
 /// Name, length and optimiser of a supervised stage.
-pub struct SupervisedStage<'a> {
+pub(super) struct SupervisedStage<'a> {
     /// Name of the stage.
     pub name: &'static str,
     /// Steps.
@@ -42,14 +42,14 @@ pub struct SupervisedStage<'a> {
 ///
 /// # Errors
 /// When it cannot be opened, a step fails, or a signal asks for a stop.
-pub fn run_supervised<E: Examples>(
+pub(super) fn run_supervised<E: Examples>(
     run: &Run,
     settings: &SupervisedStage,
     start: impl FnOnce() -> Result<(Decoder, u64, Cursor), Error>,
     examples: impl FnOnce(Cursor) -> Result<E, Error>,
 ) -> Result<Finished<Cursor>, Error> {
     let mut stage = match Stage::open(run, settings.name, settings.steps, settings.optimizer, start)? {
-        Opened::Finished(finished) => return Ok(finished),
+        Opened::Finished(finished) => return Ok(*finished),
         Opened::Open(stage) => stage,
     };
     let mut examples = examples(stage.state.source)?;
@@ -87,7 +87,7 @@ fn supervised_step(stage: &mut Stage<Cursor>, examples: &mut impl Examples) -> R
 }
 
 /// Documents of the corpus in its own order, again from the start when it ends.
-pub struct CorpusExamples<'run> {
+pub(super) struct CorpusExamples<'run> {
     run: &'run Run,
     config: &'run PretrainConfig,
     corpus: Corpus,
@@ -101,7 +101,7 @@ impl<'run> CorpusExamples<'run> {
     ///
     /// # Errors
     /// When the corpus cannot be opened.
-    pub fn open(run: &'run Run, config: &'run PretrainConfig, cursor: Cursor) -> Result<Self, Error> {
+    pub(super) fn open(run: &'run Run, config: &'run PretrainConfig, cursor: Cursor) -> Result<Self, Error> {
         let corpus = Corpus::open(&run.sources.corpus)?;
         let documents = corpus.documents_from(cursor);
         Ok(Self { run, config, corpus, documents, cursor, waiting: VecDeque::new() })
@@ -109,15 +109,14 @@ impl<'run> CorpusExamples<'run> {
 
     /// The pieces of the next document, each behind the start token.
     fn next_document(&mut self) -> Result<Vec<Example>, Error> {
-        let document = match self.documents.next() {
-            Some(document) => document?,
-            None => {
-                self.documents = self.corpus.documents();
-                self.documents.next().transpose()?.ok_or_else(|| PipelineError::Missing {
-                    message: format!("the corpus {} holds no document", self.run.sources.corpus.source),
-                    hint: "check corpus.source and corpus.text_column".into(),
-                })?
-            }
+        let document = if let Some(document) = self.documents.next() {
+            document?
+        } else {
+            self.documents = self.corpus.documents();
+            self.documents.next().transpose()?.ok_or_else(|| PipelineError::Missing {
+                message: format!("the corpus {} holds no document", self.run.sources.corpus.source),
+                hint: "check corpus.source and corpus.text_column".into(),
+            })?
         };
         let vocabulary = &self.run.vocabulary;
         let ids = vocabulary.tokenizer.encode_document(&document.text)?;
@@ -153,7 +152,7 @@ impl Examples for CorpusExamples<'_> {
 }
 
 /// Traces, with next-token prediction on task documents beside them.
-pub struct TraceExamples<'run> {
+pub(super) struct TraceExamples<'run> {
     config: &'run ColdStartConfig,
     traces: Vec<Example>,
     shards: TaskShards,
@@ -166,10 +165,13 @@ impl<'run> TraceExamples<'run> {
     ///
     /// # Errors
     /// When they cannot be read, or none starts at a token boundary.
-    pub fn open(run: &'run Run, config: &'run ColdStartConfig, source: &str) -> Result<Self, Error> {
+    pub(super) fn open(run: &'run Run, config: &'run ColdStartConfig, source: &str) -> Result<Self, Error> {
         let (traces, _) = load_traces(source)?;
-        let examples: Vec<Example> =
-            traces.iter().map(|trace| encode_trace(run, trace)).filter_map(Result::transpose).collect::<Result<_, _>>()?;
+        let examples: Vec<Example> = traces
+            .iter()
+            .map(|trace| encode_trace(run, trace))
+            .filter_map(Result::transpose)
+            .collect::<Result<_, _>>()?;
         if examples.len() < traces.len() {
             let lost = traces.len() - examples.len();
             run.log.warn(format!("{lost} of {} traces do not start at a token boundary", traces.len()));
@@ -238,7 +240,7 @@ fn encode_trace(run: &Run, trace: &Trace) -> Result<Option<Example>, Error> {
 }
 
 /// Steps that cost about `flops`, given what `done` steps of the same kind cost.
-pub fn steps_for<S>(flops: u64, done: &StageState<S>) -> u64 {
+pub(super) fn steps_for<S>(flops: u64, done: &StageState<S>) -> u64 {
     let per_step = done.flops as f64 / done.step.max(1) as f64;
     if per_step == 0.0 { 1 } else { ((flops as f64 / per_step).round() as u64).max(1) }
 }

@@ -196,7 +196,8 @@ impl Engine<'_> {
         self.grow(&mut live, &states, &source, workspace);
         self.collect(&mut live, &mut done, cache);
         while !live.is_empty() {
-            let ids: Vec<u32> = live.iter().filter_map(|reply| reply.rollout.tokens.last().copied()).collect();
+            let ids: Vec<u32> =
+                live.iter().filter_map(|reply| reply.rollout.tokens.last().copied()).collect();
             let extensions: Vec<Extension> = live
                 .iter()
                 .enumerate()
@@ -256,9 +257,10 @@ impl Engine<'_> {
             self.decoder.logits(states, &mut logits, workspace);
             let first = block * rows_at_once;
             for (reply, row) in live.iter_mut().zip(source) {
-                if let Some(logits) = row.checked_sub(first).and_then(|row| {
-                    logits.get(row * vocabulary..(row + 1) * vocabulary)
-                }) {
+                if let Some(logits) = row
+                    .checked_sub(first)
+                    .and_then(|row| logits.get(row * vocabulary..(row + 1) * vocabulary))
+                {
                     let uniform = reply.stream.uniform(reply.rollout.tokens.len() as u64);
                     let drawn = draw(logits, &self.sampling, uniform, &mut scratch);
                     reply.push(drawn);
@@ -300,7 +302,8 @@ pub(crate) fn add_trunk(
     trunk: &[u32],
     lengths: impl Iterator<Item = usize>,
 ) -> BTreeMap<usize, usize> {
-    let mut ends: BTreeMap<usize, usize> = lengths.filter(|length| *length > 0).map(|length| (length, 0)).collect();
+    let mut ends: BTreeMap<usize, usize> =
+        lengths.filter(|length| *length > 0).map(|length| (length, 0)).collect();
     let (mut parent, mut start) = (None, 0);
     for (length, segment) in &mut ends {
         *segment = forest.add(parent, &trunk[start..*length]);

@@ -7,7 +7,7 @@ use rpt::random::Stream;
 use std::path::PathBuf;
 
 /// A path of the shared material, or `None` (said loudly) where it is absent.
-pub fn shared(path: &str) -> Option<PathBuf> {
+pub(crate) fn shared(path: &str) -> Option<PathBuf> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared").join(path);
     if path.exists() {
         return Some(path);
@@ -17,7 +17,7 @@ pub fn shared(path: &str) -> Option<PathBuf> {
 }
 
 /// A small shape; `kind` picks one of the three families.
-pub fn shape(kind: usize) -> ScratchModel {
+pub(crate) fn shape(kind: usize) -> ScratchModel {
     ScratchModel {
         hidden_size: 48,
         num_hidden_layers: 2,
@@ -37,12 +37,12 @@ pub fn shape(kind: usize) -> ScratchModel {
 }
 
 /// A random model of a small shape.
-pub fn model(kind: usize, vocab: usize) -> Decoder {
+pub(crate) fn model(kind: usize, vocab: usize) -> Decoder {
     Decoder::from_scratch(&shape(kind), vocab, 11 + kind as u64)
 }
 
 /// A random forest of a few trees with up to three levels.
-pub fn random_forest(seed: u64, vocab: u64) -> Forest {
+pub(crate) fn random_forest(seed: u64, vocab: u64) -> Forest {
     let stream = Stream::new(seed, "forest");
     let mut n = 0;
     let mut draw = |bound: u64| {

@@ -1,9 +1,9 @@
 //! Muon: momentum, orthogonalised by Newton-Schulz iteration (<https://kellerjordan.github.io/posts/muon/>),
 //! on AdamW's scale of learning rates (arXiv 2502.16982).
 
-use crate::kernels::matmul::{Left, Packed, matmul};
 use super::norm::sum_of_squares;
 use crate::config::OptimizerConfig;
+use crate::kernels::matmul::{Left, Packed, matmul};
 
 /// Newton-Schulz iterations.
 const ITERATIONS: usize = 5;
