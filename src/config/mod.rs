@@ -590,6 +590,12 @@ pub struct EvalConfig {
     /// Entropy bounds (nats) between the bands of the table, ascending.
     #[serde(default = "default_bands")]
     pub bands: Vec<f32>,
+    /// Steps of the reinforcement stage between looks at held-out accuracy (0 = none).
+    #[serde(default = "default_probe_every")]
+    pub probe_every: u64,
+    /// Held-out positions of such a look.
+    #[serde(default = "default_probe_positions")]
+    pub probe_positions: usize,
     /// Bootstrap resamples behind each confidence interval.
     #[serde(default = "default_resamples")]
     pub resamples: usize,
@@ -661,6 +667,12 @@ fn default_eval_positions() -> usize {
 }
 fn default_bands() -> Vec<f32> {
     vec![0.5, 1.0, 1.5]
+}
+fn default_probe_every() -> u64 {
+    50
+}
+fn default_probe_positions() -> usize {
+    160
 }
 fn default_resamples() -> usize {
     1000

@@ -76,6 +76,26 @@ impl EvalSet {
         })
     }
 
+    /// A small part of the set, to watch a training run with: its first marked positions, or its
+    /// first ones where none is marked.
+    #[must_use]
+    pub fn probe(&self, positions: usize) -> Self {
+        let marked =
+            self.documents.iter().any(|document| document.positions.iter().any(|at| at.label.is_some()));
+        let mut left = positions;
+        let mut documents = Vec::new();
+        for document in &self.documents {
+            let mut document = TaskDocument::clone(document);
+            document.positions.retain(|position| !marked || position.label.is_some());
+            document.positions.truncate(left);
+            left -= document.positions.len();
+            if !document.positions.is_empty() {
+                documents.push(Arc::new(document));
+            }
+        }
+        Self { documents, bands: self.bands.clone(), ..*self }
+    }
+
     /// The positions as tasks; ordinals count from 0.
     pub fn tasks(&self) -> Vec<Task> {
         let all = self.documents.iter().flat_map(|document| {

@@ -61,6 +61,12 @@ pub enum ModelError {
         /// Positions of the model.
         limit: usize,
     },
+    /// A prompt holds no token.
+    #[error("prompt {ordinal} holds no token to continue")]
+    EmptyPrompt {
+        /// Ordinal of the prompt's task.
+        ordinal: u64,
+    },
     /// A token id is outside the vocabulary.
     #[error("token id {id} is outside the model's vocabulary of {vocabulary}")]
     BadToken {
@@ -87,6 +93,9 @@ impl ModelError {
                 "lower tasks.max_document_tokens or rollout.max_new_tokens, or use a model with more positions"
                     .into(),
             ),
+            Self::EmptyPrompt { .. } => {
+                Some("give some text, or use a tokenizer with a start token (tokenizer.bos)".into())
+            }
             Self::BadToken { .. } => {
                 Some("tokenizer and model do not belong together: check tokenizer.path".into())
             }

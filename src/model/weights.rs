@@ -57,9 +57,24 @@ impl Decoder {
             })
             .collect();
         let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
-        safetensors::serialize_to_file(views, Some(metadata), &path)
-            .map_err(|error| ModelError::Io { path, source: std::io::Error::other(error.to_string()) })
+        safetensors::serialize_to_file(views, Some(metadata), &path).map_err(|error| ModelError::Io {
+            path: path.clone(),
+            source: std::io::Error::other(error.to_string()),
+        })?;
+        make_readable(&path).map_err(io(&path))
     }
+}
+
+/// safetensors writes files that only their owner may read; a model is as public as its config.json.
+#[cfg(unix)]
+fn make_readable(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
+}
+
+#[cfg(not(unix))]
+fn make_readable(_path: &Path) -> std::io::Result<()> {
+    Ok(())
 }
 
 /// A tensor to write.

@@ -46,6 +46,25 @@ impl<'run> Evaluator<'run> {
         self.once(name, |set| self.reasoned_now(decoder, set))
     }
 
+    /// Keeps only a few positions, to watch a training run with.
+    #[must_use]
+    pub(super) fn probe(self, positions: usize) -> Self {
+        Self { set: self.set.map(|set| set.probe(positions)), ..self }
+    }
+
+    /// Reasoned accuracy of a model over all positions and by label, written nowhere.
+    ///
+    /// # Errors
+    /// When the model cannot be run.
+    pub(super) fn look(&self, decoder: &Decoder) -> Result<Vec<(String, f64)>, Error> {
+        let Some(set) = &self.set else { return Ok(Vec::new()) };
+        let evaluation = self.reasoned_now(decoder, set)?;
+        let Some(part) = evaluation.marked.or(evaluation.band) else { return Ok(Vec::new()) };
+        let labels =
+            part.by_band.into_iter().map(|(label, part)| (format!("accuracy/{label}"), part.accuracy));
+        Ok(std::iter::once(("accuracy".to_string(), part.all.accuracy)).chain(labels).collect())
+    }
+
     /// Plain and reasoned accuracy of a model, written nowhere.
     ///
     /// # Errors

@@ -22,7 +22,7 @@ pub use error::PipelineError;
 pub use plan::{Plan, plan};
 pub use run::{Paths, Run};
 
-use crate::config::{ColdStartConfig, Loaded, OptimizerConfig, TasksConfig};
+use crate::config::{ColdStartConfig, Loaded, TasksConfig};
 use crate::corpus::{Corpus, Cursor};
 use crate::error::Error;
 use crate::eval::ModelProxy;
@@ -91,6 +91,7 @@ pub fn run(loaded: &Loaded, options: &RunOptions, interrupt: &Arc<AtomicBool>) -
     }
     let mut trained = Trained { base, pretrain, cold_start: None, train: None };
     trained.cold_start = cold_start(&run, &trained)?;
+    build_tasks(&run, "eval", &trained.base)?;
     if let Some(config) = &run.pipeline.train {
         let start = || Ok((trained.start_of_train().inference_copy(), trained.metrics_bytes()));
         let reference = || Ok(trained.start_of_train().inference_copy());
@@ -209,7 +210,6 @@ fn learn_traces(
 fn evaluate_all(run: &Run, trained: &Trained) -> Result<(), Error> {
     let mut metrics_bytes = trained.metrics_bytes();
     let controls = &run.pipeline.controls;
-    build_tasks(run, "eval", &trained.base)?;
     let evaluator = Evaluator::open(run)?;
     evaluator.plain("plain_ntp", &trained.base)?;
     if let Some(cold_start) = &trained.cold_start {
@@ -222,8 +222,7 @@ fn evaluate_all(run: &Run, trained: &Trained) -> Result<(), Error> {
         (controls.continued_ntp, &run.pipeline.pretrain, &trained.pretrain)
     {
         let steps = steps_for(trained.cold_start_flops() + trained.train_flops(), state);
-        let optimizer = continued(&config.optimizer);
-        let stage = SupervisedStage { name: "continued_ntp", steps, optimizer: &optimizer };
+        let stage = SupervisedStage { name: "continued_ntp", steps, optimizer: &config.optimizer };
         let start = || Ok((trained.base.inference_copy(), metrics_bytes, state.source));
         let finished =
             run_supervised(run, &stage, start, |cursor| CorpusExamples::open(run, config, cursor))?;
@@ -249,9 +248,4 @@ fn evaluate_all(run: &Run, trained: &Trained) -> Result<(), Error> {
         evaluator.reasoned("clean_traces", &finished.decoder)?;
     }
     Ok(())
-}
-
-/// A continuation warms up again and decays over its whole length at most as the stage did.
-fn continued(optimizer: &OptimizerConfig) -> OptimizerConfig {
-    optimizer.clone()
 }

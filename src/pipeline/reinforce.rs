@@ -1,6 +1,7 @@
 //! The reinforcement stage: sample tasks, roll out, reward, advantage, update, commit.
 
 use super::error::PipelineError;
+use super::evaluate::Evaluator;
 use super::health::{Health, Vitals};
 use super::run::Run;
 use super::stage::{Finished, Opened, Stage};
@@ -53,6 +54,7 @@ struct Reinforcement<'run> {
     ledger_log: LedgerLog,
     rollouts: RolloutLog,
     verifier: Verifier,
+    probe: Option<Evaluator<'run>>,
 }
 
 /// A task's rollouts and what became of them.
@@ -134,7 +136,12 @@ impl<'run> Reinforcement<'run> {
                 cut.lines
             ));
         }
+        let probe = match &run.pipeline.eval {
+            Some(eval) if eval.probe_every > 0 => Some(Evaluator::open(run)?.probe(eval.probe_positions)),
+            _ => None,
+        };
         Ok(Self {
+            probe,
             recipe: config.recipe(),
             loss: PolicyLoss::new(config),
             verifier: Verifier::new(&run.pipeline.reward),
@@ -342,7 +349,22 @@ impl<'run> Reinforcement<'run> {
         for (name, count) in outcomes {
             metrics.set(format!("outcome/{name}"), count);
         }
+        for (name, accuracy) in self.look()? {
+            metrics.set(name, accuracy);
+        }
         Ok(self.stage.metrics.write(&metrics)?)
+    }
+
+    /// Held-out accuracy, on the steps that look at it.
+    fn look(&self) -> Result<Vec<(String, f64)>, Error> {
+        let every = self.stage.run.pipeline.eval.as_ref().map_or(0, |eval| eval.probe_every);
+        let step = self.stage.state.step;
+        match &self.probe {
+            Some(probe) if step == 1 || step.is_multiple_of(every) || self.stage.is_finished() => {
+                probe.look(self.stage.trainer.decoder())
+            }
+            _ => Ok(Vec::new()),
+        }
     }
 
     fn log_rollouts(&mut self, groups: &[Group]) -> Result<(), Error> {

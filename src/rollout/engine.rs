@@ -127,7 +127,10 @@ impl Engine<'_> {
         let limit = self.decoder.config().max_positions;
         for prompt in prompts {
             let length = prompt.len() + self.stop.max_new_tokens;
-            if length > limit || prompt.is_empty() {
+            if prompt.is_empty() {
+                return Err(ModelError::EmptyPrompt { ordinal: prompt.ordinal });
+            }
+            if length > limit {
                 return Err(ModelError::TooLong { length, limit });
             }
         }
