@@ -19,12 +19,12 @@ impl Stream {
     /// The stream of one item within this one.
     #[must_use]
     pub fn child(self, item: u64) -> Self {
-        Self { key: mix(self.key ^ mix(item.wrapping_add(0x9e37_79b9_7f4a_7c15))) }
+        Self { key: mix(self.key ^ mix(item.wrapping_add(GOLDEN))) }
     }
 
     /// Sixty-four random bits.
     pub fn bits(self, n: u64) -> u64 {
-        mix(self.key.wrapping_add(n.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+        mix(self.key.wrapping_add(n.wrapping_mul(GOLDEN)))
     }
 
     /// Uniform in [0, 1).
@@ -53,12 +53,19 @@ impl Stream {
     }
 }
 
-/// The finaliser of `SplitMix64` (Steele, Lea and Flood 2014).
-fn mix(value: u64) -> u64 {
-    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+/// Increment of `SplitMix64`: the odd integer nearest to 2^64 over the golden ratio.
+pub(crate) const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The finaliser of `SplitMix64` (Steele, Lea and Flood, OOPSLA 2014).
+pub(crate) fn finalise(value: u64) -> u64 {
     let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     value ^ (value >> 31)
+}
+
+/// One step of `SplitMix64` from a state.
+pub(crate) fn mix(value: u64) -> u64 {
+    finalise(value.wrapping_add(GOLDEN))
 }
 
 #[cfg(test)]

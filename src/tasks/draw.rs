@@ -1,8 +1,10 @@
 //! Counter-based random numbers: every number is a pure function of its key.
 
+use crate::random::{GOLDEN, mix};
+
 /// 64 pseudo-random bits for a key of several words.
 pub(super) fn bits(key: &[u64]) -> u64 {
-    key.iter().fold(0, |state, &word| finalise(state ^ finalise(word.wrapping_add(0x9E37_79B9_7F4A_7C15))))
+    key.iter().fold(0, |state, &word| mix(state ^ mix(word.wrapping_add(GOLDEN))))
 }
 
 /// A uniform number in [0, 1) for a key.
@@ -16,14 +18,6 @@ pub(super) fn word_of(name: &str) -> u64 {
     let mut word = [0; 8];
     word.copy_from_slice(&hash.as_bytes()[..8]);
     u64::from_le_bytes(word)
-}
-
-/// The finaliser of `SplitMix64` (Steele, Lea and Flood, OOPSLA 2014), applied to `value` plus its increment.
-fn finalise(value: u64) -> u64 {
-    let mut z = value.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
 }
 
 /// A pseudo-random permutation of `0..size` in constant memory.

@@ -1,7 +1,6 @@
 //! Counter-based random numbers: every stream is a pure function of (seed, purpose, index).
 
-/// Increment of `SplitMix64`: the odd integer nearest to 2^64 over the golden ratio.
-const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+use crate::random::{GOLDEN, finalise};
 
 /// What a stream of random numbers is for; different purposes give unrelated streams.
 #[derive(Clone, Copy, Debug)]
@@ -24,13 +23,13 @@ impl Random {
     pub(super) fn new(seed: u64, purpose: Purpose, index: u64) -> Self {
         let key = [purpose as u64, index]
             .into_iter()
-            .fold(mix(seed), |key, part| mix(key ^ mix(part.wrapping_add(GOLDEN))));
+            .fold(finalise(seed), |key, part| finalise(key ^ finalise(part.wrapping_add(GOLDEN))));
         Self { state: key }
     }
 
     fn next(&mut self) -> u64 {
         self.state = self.state.wrapping_add(GOLDEN);
-        mix(self.state)
+        finalise(self.state)
     }
 
     /// Uniform in `0..bound`, without bias (Lemire, arXiv 1805.10941); 0 when `bound` is 0.
@@ -78,13 +77,6 @@ impl Random {
         items.truncate(count);
         items
     }
-}
-
-/// The finaliser of `SplitMix64` (Stafford's variant 13).
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]
