@@ -1,6 +1,6 @@
 //! Speed of the kernels on this machine: `cargo bench --bench kernels`.
 //!
-//! Prints one line per shape with the best of several runs; RAYON_NUM_THREADS sets the threads.
+//! Prints one line per shape with the best of several runs; `RAYON_NUM_THREADS` sets the threads.
 #![allow(clippy::print_stdout, missing_docs)]
 
 use rpt::kernels::matmul::{Left, Packed, matmul};
