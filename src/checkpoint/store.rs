@@ -99,14 +99,27 @@ impl CheckpointStore {
     pub fn open_on(storage: Arc<dyn Storage>, root: &Path, keep: usize) -> Result<Self, CheckpointError> {
         ensure_dir(storage.as_ref(), root)?;
         let recovered = recover(storage.as_ref(), root)?;
-        Ok(Self {
+        Ok(Self { recovered, ..Self::as_it_is(storage, root, keep) })
+    }
+
+    /// [`CheckpointStore::newest`] for a reader beside the writer: changes nothing, and leaves alone
+    /// what a commit that is under way has in its temporary directory.
+    ///
+    /// # Errors
+    /// As [`CheckpointStore::newest`], or a directory that cannot be listed.
+    pub fn peek(root: &Path, identity: &str) -> Result<Found, CheckpointError> {
+        Self::as_it_is(Arc::new(Disk), root, usize::MAX).newest(identity)
+    }
+
+    fn as_it_is(storage: Arc<dyn Storage>, root: &Path, keep: usize) -> Self {
+        Self {
             root: root.to_owned(),
             keep,
             shard_bytes: DEFAULT_SHARD_BYTES,
             storage,
-            recovered,
+            recovered: Vec::new(),
             verdicts: BTreeMap::new(),
-        })
+        }
     }
 
     /// Sets how many bytes of tensors one shard may hold.

@@ -4,15 +4,15 @@ use super::error::PipelineError;
 use super::evaluate::Evaluator;
 use super::materials::{Vocabulary, initial_decoder};
 use super::run::{Paths, Run, resolved_text};
-use super::stage::{STAGES, read_decoder};
-use super::summary::{has_checkpoints, report_again};
+use super::stage::{STAGES, has_checkpoints, read_decoder};
+use super::summary::report_again;
 use crate::checkpoint::{CheckpointStore, StoreReport};
 use crate::config::{Loaded, Pipeline, parse};
 use crate::error::Error;
 use crate::ledger::{LedgerReport, LedgerSnapshot};
 use crate::model::Decoder;
 use crate::report::Log;
-use crate::tasks::TaskShards;
+use crate::tasks::{Manifest, TaskShards, TasksError};
 use crate::tokenize::{SpecialTokens, Tokenizer};
 use serde::Serialize;
 use serde_json::Value;
@@ -117,8 +117,7 @@ impl RunDirectory {
             };
         };
         let identity = self.identity()?;
-        let found = CheckpointStore::open(&self.paths.checkpoints(stage), usize::MAX)?.newest(&identity)?;
-        match found.checkpoint {
+        match CheckpointStore::peek(&self.paths.checkpoints(stage), &identity)?.checkpoint {
             Some(checkpoint) => read_decoder(&checkpoint),
             None => Err(PipelineError::Missing {
                 message: format!("stage {stage} has no checkpoint yet"),
@@ -144,12 +143,8 @@ impl RunDirectory {
         let loaded = Loaded { pipeline: self.pipeline.clone(), name: String::new() };
         let run = Run::open(&loaded, self.paths.0.clone(), &Arc::new(AtomicBool::new(false)))?;
         run.vocabulary.tokenizer.check_vocabulary(decoder.config().vocab_size)?;
-        if run.sources.held_out.is_some() {
-            super::build_tasks(
-                &run,
-                "eval",
-                &self.decoder(Some("pretrain")).or_else(|_| self.decoder(None))?,
-            )?;
+        if run.sources.held_out.is_some() && !super::has_tasks(&run, "eval")? {
+            super::build_tasks(&run, "eval", &self.base(&run)?)?;
         }
         match Evaluator::open(&run)?.both(&decoder)? {
             Some((plain, reasoned)) => Ok(serde_json::json!({ "plain": plain, "reasoned": reasoned })),
@@ -161,6 +156,25 @@ impl RunDirectory {
         }
     }
 
+    /// The model before the cold start, whose entropies choose positions.
+    fn base(&self, run: &Run) -> Result<Decoder, Error> {
+        if self.pipeline.pretrain.is_none() {
+            return initial_decoder(&self.pipeline, &run.vocabulary.tokenizer);
+        }
+        let finished = newest_state(&self.paths, "pretrain", &run.identity)?
+            .is_some_and(|state| state["step"].is_u64() && state["step"] == state["steps"]);
+        if finished {
+            return self.decoder(Some("pretrain"));
+        }
+        Err(PipelineError::Missing {
+            message:
+                "pre-training has not finished, and the model that it ends with chooses held-out positions"
+                    .into(),
+            hint: "run the pipeline further first".into(),
+        }
+        .into())
+    }
+
     /// Writes the report again; returns its path.
     ///
     /// # Errors
@@ -169,7 +183,7 @@ impl RunDirectory {
         report_again(&self.paths, &self.pipeline)
     }
 
-    /// Checks manifests, checksums, the ledger's chain and its balance.
+    /// Checks manifests, checksums, the ledger's chain and its balance; changes nothing.
     ///
     /// # Errors
     /// When something cannot be read at all.
@@ -193,7 +207,10 @@ impl RunDirectory {
         if !self.paths.ledger().exists() {
             return Ok(None);
         }
-        let snapshot: Option<LedgerSnapshot> = newest_state(&self.paths, "train", &self.identity()?)?
+        // Damaged checkpoints are reported as such; they leave nothing to compare the ledger with.
+        let snapshot: Option<LedgerSnapshot> = newest_state(&self.paths, "train", &self.identity()?)
+            .ok()
+            .flatten()
             .and_then(|state| serde_json::from_value(state["source"]["ledger"].clone()).ok());
         Ok(Some(crate::ledger::verify_file(&self.paths.ledger(), snapshot.as_ref())?))
     }
@@ -202,10 +219,12 @@ impl RunDirectory {
         let mut damaged = Vec::new();
         for split in ["train", "eval"] {
             let directory = self.paths.tasks(split);
-            if let Ok(manifest) = crate::tasks::Manifest::load(&directory) {
-                let checked =
-                    TaskShards::open(&directory, &manifest.fingerprints).and_then(|shards| shards.verify());
-                damaged.extend(checked.err().map(|error| error.to_string()));
+            let checked = Manifest::load(&directory)
+                .and_then(|manifest| TaskShards::open(&directory, &manifest.fingerprints)?.verify());
+            match checked {
+                // Not built yet.
+                Ok(()) | Err(TasksError::Unfinished { .. }) => {}
+                Err(error) => damaged.push(error.to_string()),
             }
         }
         damaged
@@ -214,11 +233,10 @@ impl RunDirectory {
 
 /// The state of a stage's newest intact checkpoint.
 fn newest_state(paths: &Paths, stage: &str, identity: &str) -> Result<Option<Value>, Error> {
-    let root = paths.checkpoints(stage);
-    if !root.is_dir() {
+    if !has_checkpoints(paths, stage) {
         return Ok(None);
     }
-    let found = CheckpointStore::open(&root, usize::MAX)?.newest(identity)?;
+    let found = CheckpointStore::peek(&paths.checkpoints(stage), identity)?;
     Ok(found.checkpoint.map(|checkpoint| checkpoint.json("state")).transpose()?)
 }
 

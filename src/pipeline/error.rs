@@ -21,13 +21,11 @@ pub enum PipelineError {
         /// What is wrong.
         message: String,
     },
-    /// A signal asked for a stop; everything up to a step is saved.
-    #[error("interrupted in stage {stage} after step {step}; the checkpoint is written")]
+    /// A signal asked for a stop; what is done so far is saved.
+    #[error("interrupted {place}; everything up to there is saved")]
     Interrupted {
-        /// The stage.
-        stage: String,
-        /// The last finished step.
-        step: u64,
+        /// After what, in words.
+        place: String,
     },
     /// The run directory holds another pipeline's run.
     #[error("{directory} holds a run of another pipeline: {differences}")]
@@ -52,7 +50,7 @@ pub enum PipelineError {
         /// Mean reward of the first step.
         reward: f64,
         /// Smallest mean reward that was asked for.
-        min_reward: f64,
+        min_reward: f32,
         /// Percentage of groups with both right and wrong rollouts.
         mixed: f64,
         /// Smallest percentage that was asked for.
@@ -91,7 +89,8 @@ impl PipelineError {
             Self::NotARun { .. } => "choose an empty or new directory with --out".into(),
             Self::TooLittleSkill { .. } => {
                 "train the cold start longer (cold_start.steps), choose easier positions (tasks.max_entropy), or \
-                 lower train.min_initial_reward and train.min_initial_mixed_groups"
+                 lower train.min_initial_reward and train.min_initial_mixed_groups; a changed pipeline needs a \
+                 directory of its own (--out)"
                     .into()
             }
             Self::Collapsed { .. } => {

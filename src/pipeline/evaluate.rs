@@ -95,6 +95,7 @@ impl<'run> Evaluator<'run> {
         if read_json::<Evaluation>(&path)?.is_some() {
             return Ok(());
         }
+        self.run.check_interrupt(|| format!("before the evaluation of {name}"))?;
         let evaluation = evaluate(set)?;
         let show = |part: &Option<crate::eval::Breakdown>| {
             part.as_ref().map_or("-".into(), |part| format!("{:.3}", part.all.accuracy))

@@ -40,7 +40,7 @@ impl Health {
         }
         Err(PipelineError::TooLittleSkill {
             reward: vitals.reward,
-            min_reward: f64::from(min_reward),
+            min_reward,
             mixed: 100.0 * mixed,
             min_mixed: 100.0 * f64::from(min_mixed),
         })

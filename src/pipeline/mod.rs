@@ -27,7 +27,7 @@ use crate::corpus::{Corpus, Cursor};
 use crate::error::Error;
 use crate::eval::ModelProxy;
 use crate::model::Decoder;
-use crate::tasks::{Manifest, TaskBuilder};
+use crate::tasks::{Manifest, TaskBuilder, TaskShards, TasksError};
 use evaluate::Evaluator;
 use materials::initial_decoder;
 use reinforce::{ReinforceState, reinforce};
@@ -137,11 +137,19 @@ fn pretrain(run: &Run) -> Result<(Decoder, Option<StageState<Cursor>>), Error> {
     Ok((finished.decoder, Some(finished.state)))
 }
 
+/// Whether the tasks of a split are built. They must be intact then, since the run goes on with them.
+fn has_tasks(run: &Run, split: &str) -> Result<bool, Error> {
+    let directory = run.paths.tasks(split);
+    if let Err(TasksError::Unfinished { .. }) = Manifest::load(&directory) {
+        return Ok(false);
+    }
+    TaskShards::open(&directory, &run.vocabulary.fingerprints())?.verify()?;
+    Ok(true)
+}
+
 /// Cuts and scores the tasks of a split, unless its shards are there.
 fn build_tasks(run: &Run, split: &str, base: &Decoder) -> Result<(), Error> {
-    let directory = run.paths.tasks(split);
-    let fingerprints = run.vocabulary.fingerprints();
-    if Manifest::load(&directory).is_ok() {
+    if has_tasks(run, split)? {
         return Ok(());
     }
     let held_out = split == "eval";
@@ -166,8 +174,8 @@ fn build_tasks(run: &Run, split: &str, base: &Decoder) -> Result<(), Error> {
     let mut documents = Corpus::open(source)?.documents();
     let manifest = builder.build(
         documents.by_ref().map(|document| document.map_err(Error::from)),
-        &directory,
-        fingerprints,
+        &run.paths.tasks(split),
+        run.vocabulary.fingerprints(),
     )?;
     let counts = documents.counts();
     for place in &counts.quarantined {

@@ -2,6 +2,7 @@
 
 use super::error::PipelineError;
 use super::materials::{Sources, Vocabulary};
+use super::stage::has_successors;
 use crate::checkpoint::{RunLock, atomic_write};
 use crate::config::{Loaded, Pipeline};
 use crate::error::Error;
@@ -119,11 +120,26 @@ impl Run {
         self.interrupt.load(Ordering::Relaxed)
     }
 
-    /// The metrics log, cut to what a checkpoint knows of.
+    /// Stops the run if a signal asked for it; `place` says after what.
+    ///
+    /// # Errors
+    /// [`PipelineError::Interrupted`].
+    pub fn check_interrupt(&self, place: impl FnOnce() -> String) -> Result<(), Error> {
+        if self.interrupted() { Err(PipelineError::Interrupted { place: place() }.into()) } else { Ok(()) }
+    }
+
+    /// The metrics log, cut to what a stage's checkpoint knows of.
+    ///
+    /// A stage that runs again for the sake of a damaged checkpoint while later ones have begun
+    /// writes to a log of its own: the run's log holds its lines and those of its successors.
     ///
     /// # Errors
     /// When it cannot be opened, or is shorter than the checkpoint says.
-    pub fn metrics_at(&self, bytes: u64) -> Result<MetricsLog, Error> {
+    pub fn metrics_at(&self, stage: &str, bytes: u64) -> Result<MetricsLog, Error> {
+        if has_successors(&self.paths, stage) {
+            self.log.warn(format!("stage {stage} is made again; later stages stay as they are"));
+            return Ok(MetricsLog::open(&self.paths.logs().join(format!("{stage}-again.jsonl")), 0)?);
+        }
         let metrics = MetricsLog::open(&self.paths.metrics(), bytes)?;
         if metrics.dropped_lines() > 0 {
             self.log.say(format!(

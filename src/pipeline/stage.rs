@@ -1,7 +1,6 @@
 //! What every training stage shares: checkpoints, resuming, and stopping on a signal.
 
-use super::error::PipelineError;
-use super::run::Run;
+use super::run::{Paths, Run};
 use crate::checkpoint::{CheckpointStore, TensorView};
 use crate::config::OptimizerConfig;
 use crate::error::Error;
@@ -14,6 +13,18 @@ use std::time::Instant;
 /// Names of the training stages, in order.
 pub(super) const STAGES: [&str; 6] =
     ["pretrain", "cold_start", "train", "continued_ntp", "more_cold_start", "clean_traces"];
+
+/// Whether a stage has a checkpoint, intact or not.
+pub(super) fn has_checkpoints(paths: &Paths, stage: &str) -> bool {
+    std::fs::read_dir(paths.checkpoints(stage)).is_ok_and(|entries| {
+        entries.filter_map(Result::ok).any(|entry| !entry.file_name().to_string_lossy().starts_with('.'))
+    })
+}
+
+/// Whether a stage after this one has a checkpoint.
+pub(super) fn has_successors(paths: &Paths, stage: &str) -> bool {
+    STAGES.iter().skip_while(|name| **name != stage).skip(1).any(|name| has_checkpoints(paths, name))
+}
 
 /// What a checkpoint says of a stage besides weights and optimiser.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -89,7 +100,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
         }
         let Some(checkpoint) = found.checkpoint else {
             let (decoder, metrics_bytes, source) = start()?;
-            let metrics = run.metrics_at(metrics_bytes)?;
+            let metrics = run.metrics_at(name, metrics_bytes)?;
             let trainer = Trainer::new(decoder, optimizer, steps)?;
             let state =
                 StageState { step: 0, steps, metrics_bytes, flops: 0, tokens: 0, seconds: 0.0, source };
@@ -108,7 +119,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
         }
         trainer.optimizer_mut().set_step_count(checkpoint.json("optimizer_steps")?);
         run.log.say(format!("{name}: going on from step {} of {}", state.step, state.steps));
-        let metrics = run.metrics_at(state.metrics_bytes)?;
+        let metrics = run.metrics_at(name, state.metrics_bytes)?;
         Ok(Opened::Open(Box::new(Self { run, name, trainer, state, metrics, store, since: Instant::now() })))
     }
 
@@ -164,11 +175,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
         for error in committed.cleanup_errors {
             self.run.log.warn(format!("after a checkpoint: {error}"));
         }
-        if self.run.interrupted() && !self.is_finished() {
-            let (stage, step) = (self.name.to_string(), self.state.step);
-            return Err(PipelineError::Interrupted { stage, step }.into());
-        }
-        Ok(())
+        self.run.check_interrupt(|| format!("in stage {} after step {}", self.name, self.state.step))
     }
 
     /// Ends the stage.

@@ -4,7 +4,6 @@ use super::directory::stage_figures;
 use super::materials::{load_traces, read_json, write_json};
 use super::run::{Paths, Run, resolved_text};
 use super::{PipelineError, Trained};
-use crate::checkpoint::CheckpointStore;
 use crate::config::{Loaded, Pipeline};
 use crate::error::Error;
 use crate::eval::{Breakdown, Evaluation};
@@ -211,10 +210,4 @@ fn table(
         .collect();
     let (title, caption, label_heading) = (String::new(), String::new(), String::new());
     (!rows.is_empty()).then_some(Table { title, caption, label_heading, labels, rows, footnotes: Vec::new() })
-}
-
-/// Whether the checkpoints of a stage exist.
-pub(super) fn has_checkpoints(paths: &Paths, stage: &str) -> bool {
-    let root = paths.checkpoints(stage);
-    root.is_dir() && CheckpointStore::open(&root, usize::MAX).is_ok()
 }

@@ -111,11 +111,8 @@ impl Engine<'_> {
     /// token outside the vocabulary.
     pub fn generate(&self, prompts: &[Prompt], samples: usize) -> Result<Generation, ModelError> {
         self.check(prompts)?;
-        // Results do not depend on how prompts are spread over threads.
-        let share = prompts.len().div_ceil(rayon::current_num_threads().max(1)).max(1);
-        let share = share.min((REPLIES_AT_ONCE / samples.max(1)).max(1));
         let parts: Vec<Result<Generation, ModelError>> =
-            prompts.par_chunks(share).map(|prompts| self.wave(prompts, samples)).collect();
+            waves(prompts, samples).into_par_iter().map(|prompts| self.wave(prompts, samples)).collect();
         let mut all = Generation::default();
         for part in parts {
             all.absorb(part?);
@@ -296,6 +293,29 @@ impl Live {
         self.rollout.policy_logprobs.push(drawn.policy_logprob);
         self.rollout.sampling_logprobs.push(drawn.sampling_logprob);
     }
+}
+
+/// Cuts prompts into waves, about one for each thread.
+///
+/// A wave computes each of its trunks once. Cuts therefore fall between trunks, and inside one only
+/// where it has more prompts than any wave may hold: counted tokens and operations, from which the
+/// lengths of later stages are derived, do not depend on the number of threads.
+fn waves(prompts: &[Prompt], samples: usize) -> Vec<&[Prompt]> {
+    let limit = (REPLIES_AT_ONCE / samples.max(1)).max(1);
+    let share = prompts.len().div_ceil(rayon::current_num_threads().max(1)).min(limit);
+    let families = prompts.chunk_by(|a, b| Arc::ptr_eq(&a.trunk, &b.trunk));
+    let (mut waves, mut start, mut end) = (Vec::new(), 0, 0);
+    for part in families.flat_map(|family| family.chunks(limit)) {
+        if end > start && end - start + part.len() > share {
+            waves.push(&prompts[start..end]);
+            start = end;
+        }
+        end += part.len();
+    }
+    if end > start {
+        waves.push(&prompts[start..end]);
+    }
+    waves
 }
 
 /// Adds a trunk as a chain of segments that ends at each wanted length; returns the segment that

@@ -155,8 +155,9 @@ impl Tokenizer {
             "eos_token": self.name_of(special.eos),
             "clean_up_tokenization_spaces": false,
         });
-        write_whole(&directory.join("tokenizer.json"), &self.json)?;
-        write_whole(&directory.join("tokenizer_config.json"), format!("{config:#}\n").as_bytes())
+        write_whole(&directory.join("tokenizer_config.json"), format!("{config:#}\n").as_bytes())?;
+        // Last, since its presence says that the directory is complete.
+        write_whole(&directory.join("tokenizer.json"), &self.json)
     }
 }
 

@@ -48,7 +48,8 @@ impl TrainError {
             Self::Model(error) => error.hint(),
             Self::Optimizer(error) => error.hint(),
             Self::NonFiniteLoss { .. } | Self::NonFiniteWeights { .. } => Some(
-                "lower optimizer.learning_rate or raise optimizer.warmup_steps; `rpt run` goes on from the last checkpoint"
+                "lower optimizer.learning_rate or raise optimizer.warmup_steps; a changed pipeline needs a directory of \
+                 its own (--out)"
                     .into(),
             ),
         }
