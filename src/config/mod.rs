@@ -204,7 +204,8 @@ pub struct OptimizerConfig {
     pub weight_decay: f32,
     /// Momentum of Muon.
     pub momentum: f32,
-    /// Largest global norm of the gradient (0 = no clipping).
+    /// Largest global norm of the gradient (0 = no clipping; the paper clips its reinforcement
+    /// stage at 0.2).
     pub max_grad_norm: f32,
     /// Steps of linear warm-up from 0.
     pub warmup_steps: u64,
@@ -536,7 +537,7 @@ impl Default for TrainConfig {
             ntp_weight: 0.0,
             drop_uniform_groups_from: None,
             refill_limit: 0,
-            optimizer: OptimizerConfig { max_grad_norm: 0.2, ..OptimizerConfig::default() },
+            optimizer: OptimizerConfig::default(),
             min_initial_reward: 0.005,
             min_initial_mixed_groups: 0.02,
         }

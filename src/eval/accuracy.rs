@@ -19,6 +19,8 @@ use std::sync::Arc;
 pub struct EvalSet {
     /// The documents; only evaluated positions are kept.
     pub documents: Vec<Arc<TaskDocument>>,
+    /// Positions of the entropy band that were drawn: (number of the document, token index).
+    drawn: BTreeSet<(u64, u32)>,
     bounds: (f32, f32),
     bands: Vec<f32>,
     resamples: usize,
@@ -34,6 +36,8 @@ pub struct Answer {
     pub label: Option<String>,
     /// Proxy entropy in nats.
     pub entropy: f32,
+    /// Whether the position was drawn from the entropy band.
+    pub drawn: bool,
     /// Whether the prediction was right.
     pub right: bool,
 }
@@ -52,23 +56,24 @@ impl EvalSet {
         let bounds = (tasks.min_entropy, tasks.max_entropy);
         let mut documents =
             (0..shards.documents()).map(|row| shards.document(row)).collect::<Result<Vec<_>, _>>()?;
-        let in_band: Vec<(usize, u32)> = documents
+        let in_band: Vec<(u64, u32)> = documents
             .iter()
-            .enumerate()
-            .flat_map(|(at, document)| document.positions.iter().map(move |position| (at, position)))
+            .zip(0..)
+            .flat_map(|(document, at)| document.positions.iter().map(move |position| (at, position)))
             .filter(|(_, position)| inside(position.entropy, bounds))
             .map(|(at, position)| (at, position.index))
             .collect();
         let order = Stream::new(seed, "evaluation positions").order(in_band.len());
-        let kept: BTreeSet<(usize, u32)> =
+        let drawn: BTreeSet<(u64, u32)> =
             order.into_iter().take(config.max_positions).map(|at| in_band[at]).collect();
-        for (at, document) in documents.iter_mut().enumerate() {
+        for (document, at) in documents.iter_mut().zip(0..) {
             document
                 .positions
-                .retain(|position| position.label.is_some() || kept.contains(&(at, position.index)));
+                .retain(|position| position.label.is_some() || drawn.contains(&(at, position.index)));
         }
         Ok(Self {
             documents: documents.into_iter().map(Arc::new).collect(),
+            drawn,
             bounds,
             bands: config.bands.clone(),
             resamples: config.resamples,
@@ -84,16 +89,22 @@ impl EvalSet {
             self.documents.iter().any(|document| document.positions.iter().any(|at| at.label.is_some()));
         let mut left = positions;
         let mut documents = Vec::new();
-        for document in &self.documents {
+        let mut drawn = BTreeSet::new();
+        for (document, number) in self.documents.iter().zip(0..) {
             let mut document = TaskDocument::clone(document);
             document.positions.retain(|position| !marked || position.label.is_some());
             document.positions.truncate(left);
             left -= document.positions.len();
+            let at = documents.len() as u64;
+            let indices = document.positions.iter().map(|position| position.index);
+            drawn.extend(
+                indices.filter(|index| self.drawn.contains(&(number, *index))).map(|index| (at, index)),
+            );
             if !document.positions.is_empty() {
                 documents.push(Arc::new(document));
             }
         }
-        Self { documents, bands: self.bands.clone(), ..*self }
+        Self { documents, drawn, bands: self.bands.clone(), ..*self }
     }
 
     /// The positions as tasks; ordinals count from 0.
@@ -113,8 +124,7 @@ impl EvalSet {
 
     fn evaluation(&self, answers: &[Answer]) -> Evaluation {
         let marked: Vec<&Answer> = answers.iter().filter(|answer| answer.label.is_some()).collect();
-        let band: Vec<&Answer> =
-            answers.iter().filter(|answer| inside(answer.entropy, self.bounds)).collect();
+        let band: Vec<&Answer> = answers.iter().filter(|answer| answer.drawn).collect();
         let label = |answer: &Answer| answer.label.clone().unwrap_or_default();
         Evaluation {
             marked: self.breakdown(&marked, label),
@@ -165,7 +175,7 @@ pub fn plain(decoder: &Decoder, set: &EvalSet, header: &[u32]) -> Result<Evaluat
         .documents
         .par_iter()
         .enumerate()
-        .map(|(number, document)| plain_document(decoder, number as u64, document, header))
+        .map(|(number, document)| plain_document(decoder, set, number as u64, document, header))
         .collect::<Result<_, ModelError>>()?;
     let flops = results.iter().map(|(_, flops)| flops).sum();
     let answers: Vec<Answer> = results.into_iter().flat_map(|(answers, _)| answers).collect();
@@ -174,6 +184,7 @@ pub fn plain(decoder: &Decoder, set: &EvalSet, header: &[u32]) -> Result<Evaluat
 
 fn plain_document(
     decoder: &Decoder,
+    set: &EvalSet,
     number: u64,
     document: &TaskDocument,
     header: &[u32],
@@ -193,6 +204,7 @@ fn plain_document(
                 document: number,
                 label: position.label.clone(),
                 entropy: position.entropy,
+                drawn: set.drawn.contains(&(number, position.index)),
                 right: best.get(row) == Some(&truth),
             })
         })
@@ -230,10 +242,12 @@ pub fn reasoned(
         let reply = reply_bytes(&rollout.tokens, rollout.finish, tokenizer);
         let score = verifier.score(&reply, rollout.finish != Finish::Length, &truth);
         *outcomes.entry(score.outcome.name().to_string()).or_default() += 1;
+        let number = numbers.get(&Arc::as_ptr(&task.document)).copied().unwrap_or(0);
         answers.push(Answer {
-            document: numbers.get(&Arc::as_ptr(&task.document)).copied().unwrap_or(0),
+            document: number,
             label: task.position().label.clone(),
             entropy: task.position().entropy,
+            drawn: set.drawn.contains(&(number, task.position().index)),
             right: score.outcome == Outcome::Correct,
         });
     }

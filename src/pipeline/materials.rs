@@ -157,7 +157,10 @@ pub(super) fn initial_decoder(pipeline: &Pipeline, tokenizer: &Tokenizer) -> Res
 }
 
 /// Prompts with their replies must fit the model's positions.
-fn check_lengths(pipeline: &Pipeline, config: &DecoderConfig) -> Result<(), Error> {
+///
+/// # Errors
+/// When they do not.
+pub(super) fn check_lengths(pipeline: &Pipeline, config: &DecoderConfig) -> Result<(), Error> {
     let document = pipeline.tasks.max_document_tokens;
     let reply = if pipeline.train.is_some() { pipeline.rollout.max_new_tokens } else { 0 };
     let limit = config.max_positions;

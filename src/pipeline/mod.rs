@@ -173,7 +173,10 @@ fn build_tasks(run: &Run, split: &str, base: &Decoder) -> Result<(), Error> {
     };
     let mut documents = Corpus::open(source)?.documents();
     let manifest = builder.build(
-        documents.by_ref().map(|document| document.map_err(Error::from)),
+        documents.by_ref().map(|document| {
+            run.check_interrupt(|| format!("before tasks/{split} were complete"))?;
+            document.map_err(Error::from)
+        }),
         &run.paths.tasks(split),
         run.vocabulary.fingerprints(),
     )?;
@@ -220,8 +223,8 @@ fn evaluate_all(run: &Run, trained: &Trained) -> Result<(), Error> {
     let controls = &run.pipeline.controls;
     let evaluator = Evaluator::open(run)?;
     evaluator.plain("plain_ntp", &trained.base)?;
-    if let Some(cold_start) = &trained.cold_start {
-        evaluator.reasoned("reasoning_before", &cold_start.decoder)?;
+    if trained.cold_start.is_some() || trained.train.is_some() {
+        evaluator.reasoned("reasoning_before", trained.start_of_train())?;
     }
     if let Some(train) = &trained.train {
         evaluator.reasoned("reasoning_after", &train.decoder)?;

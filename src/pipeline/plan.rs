@@ -1,8 +1,10 @@
 //! What a run would do, without doing it.
 
+use super::materials::check_lengths;
 use crate::config::{Loaded, PolicyRecipe};
 use crate::error::Error;
 use crate::model::{DecoderConfig, Layout};
+use crate::train::Trainer;
 use serde::Serialize;
 use std::fmt;
 
@@ -15,7 +17,8 @@ pub struct Plan {
     pub stages: Vec<(String, String)>,
     /// Parameters of the model.
     pub parameters: usize,
-    /// Bytes of weights, gradients and AdamW moments in f32.
+    /// Bytes of weights, their packed copies, gradients and AdamW moments in f32; activations come
+    /// on top.
     pub training_bytes: usize,
     /// Rollouts of one step.
     pub rollouts_per_step: usize,
@@ -43,6 +46,9 @@ pub fn plan(loaded: &Loaded) -> Result<Plan, Error> {
         }
         (None, None) => None,
     };
+    if let Some(config) = &config {
+        check_lengths(pipeline, config)?;
+    }
     let parameters = config.map_or(0, |config| Layout::new(&config).len());
     let train = pipeline.train.as_ref();
     let rollouts = train.map_or(0, |train| train.tasks_per_step * pipeline.rollout.samples_per_task);
@@ -50,11 +56,16 @@ pub fn plan(loaded: &Loaded) -> Result<Plan, Error> {
         name: loaded.name.clone(),
         stages: stages(loaded),
         parameters,
-        training_bytes: parameters * 4 * 4,
+        training_bytes: training_bytes(parameters),
         rollouts_per_step: rollouts,
         max_sampled_tokens_per_step: rollouts * pipeline.rollout.max_new_tokens,
         recipe: train.map(crate::config::TrainConfig::recipe),
     })
+}
+
+/// One copy of the weights, two packed ones, two moments, and the gradient buffers.
+fn training_bytes(parameters: usize) -> usize {
+    4 * parameters * (5 + Trainer::gradient_buffers(parameters))
 }
 
 fn stages(loaded: &Loaded) -> Vec<(String, String)> {
@@ -107,7 +118,7 @@ impl fmt::Display for Plan {
         writeln!(f, "parameters        {}", self.parameters)?;
         writeln!(
             f,
-            "weights, gradients and moments (f32): {:.1} MiB",
+            "weights, packed copies, gradients and moments (f32): {:.1} MiB",
             self.training_bytes as f64 / 1_048_576.0
         )?;
         write!(

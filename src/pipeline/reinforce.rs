@@ -325,20 +325,10 @@ impl<'run> Reinforcement<'run> {
         for score in groups.iter().flat_map(|group| &group.scores) {
             *outcomes.entry(score.outcome.name()).or_default() += 1;
         }
-        let totals = &stats.totals;
-        let per_token = |sum: f64| sum / totals.policy_tokens.max(1) as f64;
         let mut metrics = Metrics::new("train", self.stage.state.step)
             .with("reward", vitals.reward)
             .with("thought_tokens", vitals.thought)
             .with("zero_variance", vitals.uniform)
-            .with("entropy", per_token(totals.entropy))
-            .with("loss", totals.policy_loss + totals.likelihood_loss)
-            .with("gradient_norm", stats.gradient_norm)
-            .with("learning_rate", stats.learning_rate)
-            .with("logprob_gap", totals.largest_mismatch)
-            .with("mismatched_tokens", totals.mismatched)
-            .with("clipped", per_token(totals.clipped as f64))
-            .with("kl", per_token(totals.kl))
             .with("groups", groups.len())
             .with("kept_groups", groups.iter().filter(|group| group.dropped.is_none()).count())
             .with("sampled_tokens", costs.sampled_tokens)
@@ -346,6 +336,10 @@ impl<'run> Reinforcement<'run> {
             .with("seconds/rollout", costs.rollout)
             .with("seconds/reward", costs.reward)
             .with("seconds/update", costs.update);
+        // A step whose groups are all dropped makes no update and has no such figures.
+        if stats.totals.policy_tokens > 0 {
+            set_update_figures(&mut metrics, stats);
+        }
         for (name, count) in outcomes {
             metrics.set(format!("outcome/{name}"), count);
         }
@@ -419,6 +413,19 @@ impl<'run> Reinforcement<'run> {
         self.ledger_log.sync()?;
         self.stage.commit()
     }
+}
+
+fn set_update_figures(metrics: &mut Metrics, stats: &UpdateStats) {
+    let totals = &stats.totals;
+    let per_token = |sum: f64| sum / totals.policy_tokens.max(1) as f64;
+    metrics.set("entropy", per_token(totals.entropy));
+    metrics.set("loss", totals.policy_loss + totals.likelihood_loss);
+    metrics.set("gradient_norm", stats.gradient_norm);
+    metrics.set("learning_rate", stats.learning_rate);
+    metrics.set("logprob_gap", totals.largest_mismatch);
+    metrics.set("mismatched_tokens", totals.mismatched);
+    metrics.set("clipped", per_token(totals.clipped as f64));
+    metrics.set("kl", per_token(totals.kl));
 }
 
 /// Marks uniform groups and those beyond `wanted` as dropped; returns how many mixed ones there are.

@@ -140,8 +140,7 @@ impl Trainer {
     pub fn new(mut decoder: Decoder, config: &OptimizerConfig, steps: u64) -> Result<Self, TrainError> {
         decoder.make_trainable();
         let optimizer = Optimizer::new(config, parameter_groups(&decoder), steps)?;
-        let count = if decoder.parameters().len() <= LANES_UP_TO { LANES } else { 1 };
-        let lanes = (0..count)
+        let lanes = (0..Self::gradient_buffers(decoder.parameters().len()))
             .map(|_| Lane {
                 gradients: vec![0.0; decoder.parameters().len()],
                 workspace: Workspace::default(),
@@ -150,6 +149,11 @@ impl Trainer {
             })
             .collect();
         Ok(Self { decoder, optimizer, lanes })
+    }
+
+    /// Gradient buffers for a number of parameters.
+    pub fn gradient_buffers(parameters: usize) -> usize {
+        if parameters <= LANES_UP_TO { LANES } else { 1 }
     }
 
     /// The decoder as it is now.
