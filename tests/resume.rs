@@ -10,7 +10,7 @@ use command::{refuses, rpt, stderr, stdout};
 use rpt::model::Decoder;
 use rpt::random::Stream;
 use run::{
-    STAGES, TINY, Workplace, assert_same_result, checkpoints, files, flip, json, metrics, newest, rollouts,
+    STAGES, TINY, Workplace, assert_same_result, checkpoints, flip, json, metrics, newest, rollouts,
     snapshot, succeeded, weights,
 };
 use std::fs;
@@ -175,14 +175,13 @@ fn without_any_intact_checkpoint_it_refuses_to_start_over() {
     let (place, _) = place();
     let run = place.copy("whole", "hopeless");
     forget_the_end(&run);
-    checkpoints(&run, "train").iter().for_each(|checkpoint| flip(&weights(checkpoint)));
-    let before = |run: &Path| files(&run.join("checkpoints")).into_iter().map(fs::read).map(Result::unwrap);
-    let before: Vec<Vec<u8>> = before(&run).collect();
+    for checkpoint in checkpoints(&run, "train") {
+        flip(&weights(&checkpoint));
+    }
+    let before = snapshot(&run.join("checkpoints"));
     let output = place.command("run", "hopeless", &[]).output().unwrap();
     refuses(&output, 1, &["checkpoints/train", "intact"]);
-    let after: Vec<Vec<u8>> =
-        files(&run.join("checkpoints")).into_iter().map(fs::read).map(Result::unwrap).collect();
-    assert!(after == before, "checkpoints changed");
+    assert!(snapshot(&run.join("checkpoints")) == before, "checkpoints changed");
     assert!(!run.join("summary.json").exists());
     let output = verify(&run);
     assert_eq!(output.status.code(), Some(1));

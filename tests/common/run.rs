@@ -183,7 +183,9 @@ pub(crate) fn metrics(run: &Path) -> Vec<serde_json::Map<String, Value>> {
     let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let mut lines: Vec<serde_json::Map<String, Value>> =
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    lines.iter_mut().for_each(|line| line.retain(|key, _| !key.starts_with("seconds")));
+    for line in &mut lines {
+        line.retain(|key, _| !key.starts_with("seconds"));
+    }
     lines
 }
 
@@ -223,7 +225,9 @@ pub(crate) fn assert_same_result(one: &Path, other: &Path) {
                 .collect()
         };
         assert_eq!(relative(one), relative(other));
-        relative(one).iter().for_each(|path| same_bytes(&one.join(path), &other.join(path)));
+        for path in relative(one) {
+            same_bytes(&one.join(&path), &other.join(&path));
+        }
     }
     let summary = |run: &Path| {
         let mut summary = json(&run.join("summary.json"));
