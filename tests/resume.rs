@@ -51,7 +51,10 @@ fn the_run_that_others_are_compared_with_has_learnt_something() {
     assert_eq!(train.len(), 24);
     assert!(train.iter().filter(|line| line["reward"].as_f64() > Some(0.0)).count() > 3);
     assert!(train.iter().any(|line| line["kept_groups"] != line["groups"]));
-    assert!(train.iter().all(|line| line["mismatched_tokens"] == 0 && line["logprob_gap"] == 0.0));
+    // Steps whose groups are all dropped have no such figures.
+    let updates: Vec<_> = train.iter().filter(|line| line.contains_key("mismatched_tokens")).collect();
+    assert!(updates.len() > 12);
+    assert!(updates.iter().all(|line| line["mismatched_tokens"] == 0 && line["logprob_gap"] == 0.0));
     assert!(rollouts(&whole).iter().any(|row| row.reward > 0.0 && row.advantage > 0.0));
     assert_eq!(json(&whole.join("summary.json"))["ledger"]["balanced"], true);
 }
