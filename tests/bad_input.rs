@@ -274,3 +274,11 @@ fn the_run_directory_of_another_pipeline() {
     refuses(&output, code, &["pipeline"]);
     assert_eq!(fs::read(bench.path("run/pipeline.toml")).unwrap(), before, "it is left as it was");
 }
+
+#[test]
+fn a_corpus_that_changed_meanwhile() {
+    let bench = Bench::new();
+    succeeds(bench.arguments("prepare", &[]));
+    write_texts(&bench.corpus(), &texts(13));
+    refuses(&bench.run(&[]), 1, &["corpus", "has changed since this run began"]);
+}

@@ -1,10 +1,11 @@
 //! A run: its directory, its identity, its lock, and what all stages share.
 
 use super::error::PipelineError;
-use super::materials::{Sources, Vocabulary};
+use super::materials::{Sources, Vocabulary, read_json, write_json};
 use super::stage::has_successors;
 use crate::checkpoint::{RunLock, atomic_write};
 use crate::config::{Loaded, Pipeline};
+use crate::corpus::Corpus;
 use crate::error::Error;
 use crate::report::{Log, MetricsLog};
 use std::path::{Path, PathBuf};
@@ -101,6 +102,7 @@ impl Run {
         let log = Log::open(&paths.logs())?;
         log.say(format!("run directory {}", paths.0.display()));
         let sources = Sources::resolve(&pipeline, &paths.corpus(), &log)?;
+        check_corpus(&paths, &sources)?;
         let vocabulary = Vocabulary::open(&pipeline, &sources.corpus, &paths.tokenizer(), &log)?;
         let identity = blake3::hash(text.as_bytes()).to_hex().to_string();
         Ok(Self {
@@ -161,6 +163,17 @@ pub(super) fn resolved_text(pipeline: &Pipeline) -> Result<String, Error> {
         message: error.to_string(),
     };
     Ok(toml::to_string(pipeline).map_err(malformed)?)
+}
+
+/// The text must be that with which the run began: cursors and counts belong to it.
+fn check_corpus(paths: &Paths, sources: &Sources) -> Result<(), Error> {
+    let path = paths.0.join("corpus.json");
+    let now = Corpus::open(&sources.corpus)?.fingerprint()?;
+    match read_json::<String>(&path)? {
+        Some(then) if then == now => Ok(()),
+        Some(_) => Err(PipelineError::CorpusChanged { source_text: sources.corpus.source.clone() }.into()),
+        None => write_json(&path, &now),
+    }
 }
 
 /// Creates the directory, or checks that it holds a run of the same pipeline.
