@@ -254,3 +254,77 @@ impl Llama3 {
         (1.0 - smooth) * inverse / self.factor as f32 + smooth * inverse
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rotations of a pair over some positions, in the words of the papers and in `f64`.
+    fn rotations(theta: f64, pair: usize, dim: usize, positions: usize) -> f64 {
+        positions as f64 * theta.powf(-(2.0 * pair as f64) / dim as f64) / TAU
+    }
+
+    fn stretches(scaling: &RopeScaling, theta: f64, dim: usize) -> Vec<f64> {
+        let own = scaling.frequencies(theta, dim, 4096).inverse;
+        let default = RopeScaling::Default.frequencies(theta, dim, 4096).inverse;
+        default.iter().zip(own).map(|(default, own)| f64::from(default / own)).collect()
+    }
+
+    #[test]
+    fn default_linear_and_dynamic_within_the_positions() {
+        let close = |(a, b): (&f32, f64)| (f64::from(*a) / b - 1.0).abs() < 1e-6;
+        let default = RopeScaling::Default.frequencies(1e6, 64, 4096).inverse;
+        let expected = (0..32).map(|pair| 1e6_f64.powf(-f64::from(pair) / 32.0));
+        assert!(default.iter().zip(expected).all(close));
+        let dynamic = RopeScaling::Dynamic { factor: 2.0 };
+        assert_eq!(dynamic.frequencies(1e6, 64, 4096).inverse, default);
+        let linear = stretches(&RopeScaling::Linear { factor: 2.5 }, 1e6, 64);
+        assert!(linear.iter().all(|stretch| (stretch - 2.5).abs() < 1e-5));
+    }
+
+    /// Equation of the Llama 3.1 release: the reciprocal of the stretch grows linearly with the
+    /// rotations over the original positions, from 1 / factor at `low` to 1 at `high`.
+    #[test]
+    fn llama3_stretches_slow_pairs_only() {
+        let (factor, low, high, original) = (8.0, 1.0, 4.0, 8192);
+        let llama3 =
+            Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original_positions: original };
+        for (pair, stretch) in stretches(&RopeScaling::Llama3(llama3), 5e5, 128).iter().enumerate() {
+            let part = ((rotations(5e5, pair, 128, original) - low) / (high - low)).clamp(0.0, 1.0);
+            let expected = 1.0 / ((1.0 - part) / factor + part);
+            assert!((stretch - expected).abs() < 1e-3, "{pair}: {stretch} {expected}");
+        }
+    }
+
+    /// YaRN: pairs with more than `beta_fast` rotations keep their frequency, those with fewer than
+    /// `beta_slow` are stretched fully, and the ramp between them is linear in the pair.
+    #[test]
+    fn yarn_keeps_fast_pairs_and_stretches_slow_ones() {
+        let yarn = Yarn {
+            factor: 4.0,
+            original_positions: 4096,
+            attention_factor: None,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            mscale: None,
+            mscale_all_dim: None,
+            truncate: false,
+        };
+        let factor = RopeScaling::Yarn(yarn.clone()).frequencies(1e4, 128, 4096).attention_factor;
+        assert!((factor - 1.138_629_4).abs() < 1e-6);
+        let shares: Vec<f64> = stretches(&RopeScaling::Yarn(yarn), 1e4, 128)
+            .iter()
+            .map(|stretch| (1.0 - 1.0 / stretch) / 0.75)
+            .collect();
+        let mut steps = Vec::new();
+        for pair in 0..64 {
+            let turns = rotations(1e4, pair, 128, 4096);
+            let expected = if turns >= 32.0 { Some(0.0) } else { (turns <= 1.0).then_some(1.0) };
+            assert!(expected.is_none_or(|share| (shares[pair] - share).abs() < 1e-5), "{pair} {shares:?}");
+            if pair > 1 && shares[pair] < 0.9999 && shares[pair - 1] > 1e-4 {
+                steps.push(shares[pair] - shares[pair - 1]);
+            }
+        }
+        assert!(steps.len() > 10 && steps.iter().all(|step| (step - steps[0]).abs() < 1e-5), "{steps:?}");
+    }
+}
