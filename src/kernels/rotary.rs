@@ -6,7 +6,7 @@
 pub struct Frequencies {
     /// Radians per position, one per pair.
     pub inverse: Vec<f32>,
-    /// Factor on cosines and sines: 1 but for YaRN (Peng et al., arXiv 2309.00071).
+    /// Factor on cosines and sines: 1 but for `YaRN` (Peng et al., arXiv 2309.00071).
     pub attention_factor: f32,
 }
 

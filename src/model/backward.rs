@@ -103,7 +103,7 @@ impl Decoder {
             output,
             &mut buffers.packed,
         );
-        if config.output_bias {
+        if config.output_bias() {
             let bias = &mut gradients[at.output_bias.clone()];
             grad_x.chunks_exact(config.hidden_size).for_each(|row| add(bias, row));
         }

@@ -263,7 +263,7 @@ impl Decoder {
         attention::forward(self.config.geometry(), tiles, pages, &workspace.qkv, width, attended, log_sums);
         let queries = self.config.heads * self.config.head_dim;
         matmul(Left::rows(attended, queries), rows, &packed.output, &mut workspace.x, true);
-        if self.config.output_bias {
+        if self.config.output_bias() {
             let bias = &self.parameters[at.output_bias.clone()];
             for_each_row(&mut workspace.x, self.config.hidden_size, |_, row| add(row, bias));
         }

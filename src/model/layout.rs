@@ -97,7 +97,7 @@ impl Layout {
                 at.k_norm = layout.add(name("self_attn.k_norm.weight"), 1, dim, Role::Norm);
             }
             at.output = layout.add(name("self_attn.o_proj.weight"), hidden, queries, Role::Matrix);
-            if config.output_bias {
+            if config.output_bias() {
                 at.output_bias = layout.add(name("self_attn.o_proj.bias"), 1, hidden, Role::Bias);
             }
             at.post_norm = layout.add(name("post_attention_layernorm.weight"), 1, hidden, Role::Norm);

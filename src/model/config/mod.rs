@@ -42,11 +42,6 @@ impl Architecture {
             Self::Llama => "LlamaForCausalLM",
         }
     }
-
-    /// Whether `attention_bias` biases the output projection as well (Qwen2 never does).
-    fn biases_output(self) -> bool {
-        self != Self::Qwen2
-    }
 }
 
 /// Everything that decides what the decoder computes.
@@ -76,10 +71,8 @@ pub struct DecoderConfig {
     pub rope_scaling: RopeScaling,
     /// Added to the mean square in RMS norms.
     pub norm_epsilon: f32,
-    /// Biases on queries, keys and values.
+    /// Biases on queries, keys and values and, except in Qwen2, on the attention's output.
     pub attention_bias: bool,
-    /// A bias on the attention's output.
-    pub output_bias: bool,
     /// RMS norm of queries and keys.
     pub qk_norm: bool,
     /// The head shares the embedding.
@@ -108,7 +101,6 @@ impl DecoderConfig {
             rope_scaling: RopeScaling::Default,
             norm_epsilon: 1e-6,
             attention_bias: scratch.attention_bias,
-            output_bias: scratch.attention_bias && architecture.biases_output(),
             qk_norm: scratch.qk_norm,
             tied: scratch.tie_word_embeddings,
         }
@@ -122,6 +114,11 @@ impl DecoderConfig {
     /// Elements of one row of queries, keys and values together.
     pub fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Whether the attention's output has a bias too.
+    pub fn output_bias(&self) -> bool {
+        self.attention_bias && self.architecture != Architecture::Qwen2
     }
 
     /// Inverse frequencies and attention factor of the rotary embedding.

@@ -153,7 +153,6 @@ impl<'a> Reader<'a> {
         let max_positions =
             self.size_or("max_position_embeddings", Some(if qwen { 32_768 } else { 2048 }))?;
         let (rope_theta, rope_scaling) = RopeScaling::read(self, max_positions)?;
-        let biased = self.flag("attention_bias", false)?;
         let config = DecoderConfig {
             architecture,
             vocab_size: self.size_or("vocab_size", None)?,
@@ -167,8 +166,7 @@ impl<'a> Reader<'a> {
             rope_theta,
             rope_scaling,
             norm_epsilon: self.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
-            attention_bias: biased || architecture == Architecture::Qwen2,
-            output_bias: biased && architecture.biases_output(),
+            attention_bias: self.flag("attention_bias", false)? || architecture == Architecture::Qwen2,
             qk_norm: architecture == Architecture::Qwen3,
             tied: self.flag("tie_word_embeddings", false)?,
         };

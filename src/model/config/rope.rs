@@ -296,7 +296,7 @@ mod tests {
         }
     }
 
-    /// YaRN: pairs with more than `beta_fast` rotations keep their frequency, those with fewer than
+    /// `YaRN`: pairs with more than `beta_fast` rotations keep their frequency, those with fewer than
     /// `beta_slow` are stretched fully, and the ramp between them is linear in the pair.
     #[test]
     fn yarn_keeps_fast_pairs_and_stretches_slow_ones() {
