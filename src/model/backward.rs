@@ -103,6 +103,10 @@ impl Decoder {
             output,
             &mut buffers.packed,
         );
+        if config.output_bias() {
+            let bias = &mut gradients[at.output_bias.clone()];
+            grad_x.chunks_exact(config.hidden_size).for_each(|row| add(bias, row));
+        }
         self.attention_backward(layer, tape, cache, buffers);
         self.unturn(at, saved, &tape.positions, gradients, buffers);
         let (width, hidden) = (config.qkv_width(), config.hidden_size);

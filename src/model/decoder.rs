@@ -1,7 +1,7 @@
 //! The forward pass that rollout and training share.
 
 use super::layout::LayerLayout;
-use super::{DecoderConfig, Extension, KvCache, Layout, ModelError};
+use super::{DecoderConfig, Extension, KvCache, Layout, ModelError, RopeScaling};
 use crate::kernels::attention::{self, Tile};
 use crate::kernels::elementary::add;
 use crate::kernels::head::{self, PackedHead, TokenScore};
@@ -99,8 +99,7 @@ impl Decoder {
     pub fn new(config: DecoderConfig, parameters: Vec<f32>) -> Self {
         let layout = Layout::new(&config);
         assert_eq!(layout.len(), parameters.len(), "parameters do not fit the configuration");
-        let frequencies = RotaryTable::inverse_frequencies(config.rope_theta, config.head_dim);
-        let rotary = RotaryTable::new(&frequencies, config.max_positions);
+        let rotary = RotaryTable::new(&config.rotary(), config.max_positions);
         let mut decoder = Self {
             packed: Vec::new(),
             head: PackedHead::default(),
@@ -227,7 +226,11 @@ impl Decoder {
         }
         let limit = self.config.max_positions;
         let length = extensions.iter().map(|extension| cache.path_length(extension.node)).max().unwrap_or(0);
-        if length > limit { Err(ModelError::TooLong { length, limit }) } else { Ok(()) }
+        match self.config.rope_scaling {
+            _ if length <= limit => Ok(()),
+            RopeScaling::Dynamic { .. } => Err(ModelError::DynamicRotary { length, limit }),
+            _ => Err(ModelError::TooLong { length, limit }),
+        }
     }
 
     fn layer(
@@ -260,6 +263,10 @@ impl Decoder {
         attention::forward(self.config.geometry(), tiles, pages, &workspace.qkv, width, attended, log_sums);
         let queries = self.config.heads * self.config.head_dim;
         matmul(Left::rows(attended, queries), rows, &packed.output, &mut workspace.x, true);
+        if self.config.output_bias() {
+            let bias = &self.parameters[at.output_bias.clone()];
+            for_each_row(&mut workspace.x, self.config.hidden_size, |_, row| add(row, bias));
+        }
         if let Some(tape) = tape.as_deref_mut() {
             copy_to(&mut tape.qkv, &workspace.qkv);
             copy_to(&mut tape.attended, &workspace.attended);

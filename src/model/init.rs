@@ -35,7 +35,7 @@ fn fill(parameter: &Parameter, scratch: &ScratchModel, seed: u64, values: &mut [
         Role::Embedding => scratch.embedding_std,
         Role::Matrix if is_output && scratch.zero_init_outputs => 0.0,
         Role::Matrix => 1.0 / (parameter.columns as f32).sqrt(),
-        Role::Bias if name.ends_with("v_proj.bias") => 0.0,
+        Role::Bias if name.ends_with("v_proj.bias") || name.ends_with("o_proj.bias") => 0.0,
         Role::Bias => scratch.attention_bias_std,
     };
     if deviation > 0.0 {

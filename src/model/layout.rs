@@ -51,6 +51,7 @@ pub(super) struct LayerLayout {
     pub(super) q_norm: Range<usize>,
     pub(super) k_norm: Range<usize>,
     pub(super) output: Range<usize>,
+    pub(super) output_bias: Range<usize>,
     pub(super) post_norm: Range<usize>,
     pub(super) gate_up: Range<usize>,
     pub(super) down: Range<usize>,
@@ -96,6 +97,9 @@ impl Layout {
                 at.k_norm = layout.add(name("self_attn.k_norm.weight"), 1, dim, Role::Norm);
             }
             at.output = layout.add(name("self_attn.o_proj.weight"), hidden, queries, Role::Matrix);
+            if config.output_bias() {
+                at.output_bias = layout.add(name("self_attn.o_proj.bias"), 1, hidden, Role::Bias);
+            }
             at.post_norm = layout.add(name("post_attention_layernorm.weight"), 1, hidden, Role::Norm);
             let gate = layout.add(name("mlp.gate_proj.weight"), inner, hidden, Role::Matrix);
             let up = layout.add(name("mlp.up_proj.weight"), inner, hidden, Role::Matrix);

@@ -11,7 +11,7 @@ mod layout;
 mod weights;
 
 pub use cache::{Extension, KvCache, NodeId};
-pub use config::{Architecture, DecoderConfig};
+pub use config::{Architecture, DecoderConfig, Llama3, RopeScaling, Yarn, end_token_ids};
 pub use decoder::{Decoder, Tape, Workspace};
 pub use forest::{Forest, Segment};
 pub use layout::{Layout, Parameter, Role};
@@ -61,6 +61,18 @@ pub enum ModelError {
         /// Positions of the model.
         limit: usize,
     },
+    /// A sequence is longer than dynamic rotary embedding leaves unchanged.
+    #[error(
+        "a sequence of {length} tokens is longer than the {limit} positions that rope_type \"dynamic\" leaves \
+         unchanged: past them a token's rotation would depend on the tokens after it, and decoding would not \
+         equal prefill"
+    )]
+    DynamicRotary {
+        /// Tokens of the sequence.
+        length: usize,
+        /// Positions of the model.
+        limit: usize,
+    },
     /// A prompt holds no token.
     #[error("prompt {ordinal} holds no token to continue")]
     EmptyPrompt {
@@ -87,9 +99,10 @@ impl ModelError {
                     .into(),
             ),
             Self::Unsupported { .. } => {
-                Some("dense Qwen2, Qwen3 and Llama decoders with default rotary embedding are supported".into())
+                Some("dense Qwen2, Qwen3 and Llama decoders in full precision are supported, with rotary embedding of \
+                     type default, linear, dynamic, yarn or llama3".into())
             }
-            Self::TooLong { .. } => Some(
+            Self::TooLong { .. } | Self::DynamicRotary { .. } => Some(
                 "lower tasks.max_document_tokens or rollout.max_new_tokens, or use a model with more positions"
                     .into(),
             ),

@@ -1,0 +1,179 @@
+//! The shape of a decoder, read from a Hugging Face config.json.
+
+mod ends;
+mod read;
+mod rope;
+
+pub use ends::end_token_ids;
+pub use rope::{Llama3, RopeScaling, Yarn};
+
+use super::ModelError;
+use crate::config::ScratchModel;
+use crate::kernels::attention::Geometry;
+use crate::kernels::rotary::Frequencies;
+use read::Reader;
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// The decoder families that are implemented.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Architecture {
+    /// Biases on queries, keys and values.
+    Qwen2,
+    /// RMS norm of queries and keys.
+    Qwen3,
+    /// Neither.
+    Llama,
+}
+
+impl Architecture {
+    fn model_type(self) -> &'static str {
+        match self {
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+            Self::Llama => "llama",
+        }
+    }
+
+    fn class(self) -> &'static str {
+        match self {
+            Self::Qwen2 => "Qwen2ForCausalLM",
+            Self::Qwen3 => "Qwen3ForCausalLM",
+            Self::Llama => "LlamaForCausalLM",
+        }
+    }
+}
+
+/// Everything that decides what the decoder computes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DecoderConfig {
+    /// Family, for config.json.
+    pub architecture: Architecture,
+    /// Entries of the embedding.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Inner width of the SwiGLU block.
+    pub intermediate_size: usize,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+    /// Longest sequence.
+    pub max_positions: usize,
+    /// Base of the rotary embedding.
+    pub rope_theta: f64,
+    /// How the rotary embedding is stretched past the positions of pre-training.
+    pub rope_scaling: RopeScaling,
+    /// Added to the mean square in RMS norms.
+    pub norm_epsilon: f32,
+    /// Biases on queries, keys and values and, except in Qwen2, on the attention's output.
+    pub attention_bias: bool,
+    /// RMS norm of queries and keys.
+    pub qk_norm: bool,
+    /// The head shares the embedding.
+    pub tied: bool,
+}
+
+impl DecoderConfig {
+    /// The shape of a model from scratch over a vocabulary.
+    pub fn from_scratch(scratch: &ScratchModel, vocab_size: usize) -> Self {
+        let architecture = match (scratch.qk_norm, scratch.attention_bias) {
+            (true, _) => Architecture::Qwen3,
+            (false, true) => Architecture::Qwen2,
+            (false, false) => Architecture::Llama,
+        };
+        Self {
+            architecture,
+            vocab_size,
+            hidden_size: scratch.hidden_size,
+            intermediate_size: scratch.intermediate_size,
+            layers: scratch.num_hidden_layers,
+            heads: scratch.num_attention_heads,
+            kv_heads: scratch.num_key_value_heads.unwrap_or(scratch.num_attention_heads),
+            head_dim: scratch.hidden_size / scratch.num_attention_heads.max(1),
+            max_positions: scratch.max_position_embeddings,
+            rope_theta: scratch.rope_theta,
+            rope_scaling: RopeScaling::Default,
+            norm_epsilon: 1e-6,
+            attention_bias: scratch.attention_bias,
+            qk_norm: scratch.qk_norm,
+            tied: scratch.tie_word_embeddings,
+        }
+    }
+
+    /// Heads and their size.
+    pub fn geometry(&self) -> Geometry {
+        Geometry { heads: self.heads, kv_heads: self.kv_heads, head_dim: self.head_dim }
+    }
+
+    /// Elements of one row of queries, keys and values together.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Whether the attention's output has a bias too.
+    pub fn output_bias(&self) -> bool {
+        self.attention_bias && self.architecture != Architecture::Qwen2
+    }
+
+    /// Inverse frequencies and attention factor of the rotary embedding.
+    pub fn rotary(&self) -> Frequencies {
+        self.rope_scaling.frequencies(self.rope_theta, self.head_dim, self.max_positions)
+    }
+
+    /// Reads and checks `directory/config.json`.
+    ///
+    /// # Errors
+    /// When it cannot be read or parsed, or asks for something that is not implemented.
+    pub fn load(directory: &Path) -> Result<Self, ModelError> {
+        let path = directory.join("config.json");
+        Self::from_json(&path, &read::file(&path)?)
+    }
+
+    /// Checks the contents of a config.json; `path` names it in messages.
+    ///
+    /// Absent fields have the defaults of transformers' configuration classes.
+    ///
+    /// # Errors
+    /// As [`DecoderConfig::load`], less reading.
+    pub fn from_json(path: &Path, value: &Value) -> Result<Self, ModelError> {
+        Reader::new(path, value).config()
+    }
+
+    /// config.json as transformers reads it; `rope_theta` and `rope_scaling` repeat what
+    /// `rope_parameters` says, for programs that know the older spelling only.
+    pub fn to_json(&self, eos: u32, bos: Option<u32>) -> Value {
+        let rope = self.rope_scaling.to_json(self.rope_theta);
+        let mut json = json!({
+            "architectures": [self.architecture.class()],
+            "model_type": self.architecture.model_type(),
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": self.norm_epsilon.to_string().parse::<f64>().unwrap_or(f64::from(self.norm_epsilon)),
+            "rope_parameters": rope,
+            "rope_theta": self.rope_theta,
+            "attention_bias": self.attention_bias,
+            "tie_word_embeddings": self.tied,
+            "use_sliding_window": false,
+            "bos_token_id": bos,
+            "eos_token_id": eos,
+            "torch_dtype": "float32",
+        });
+        if self.rope_scaling != RopeScaling::Default {
+            json["rope_scaling"] = rope;
+        }
+        json
+    }
+}
