@@ -280,5 +280,5 @@ fn a_corpus_that_changed_meanwhile() {
     let bench = Bench::new();
     succeeds(bench.arguments("prepare", &[]));
     write_texts(&bench.corpus(), &texts(13));
-    refuses(&bench.run(&[]), 1, &["corpus", "has changed since this run began"]);
+    refuses(&bench.run(&[]), 1, &["corpus.parquet", "has changed since this run began"]);
 }

@@ -14,6 +14,15 @@ use std::fmt::Write;
 const MAX_NEW_TOKENS: usize = 256;
 const TEMPLATES: [&str; 8] = ["plain", "v0", "v1", "v2", "v3", "v4", "v5", "v6"];
 
+/// A count of at least one.
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".into()),
+        Ok(count) => Ok(count),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 #[derive(clap::Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
@@ -42,7 +51,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "P", value_parser = share_below_one)]
     min_p: Option<f32>,
     /// Longest reply in tokens [default: the run's, or 256, as far as the model's positions reach]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_new_tokens: Option<usize>,
     /// End a reply after this text; may be repeated [default: the run's]
     #[arg(long, value_name = "TEXT")]

@@ -207,11 +207,11 @@ pub struct OptimizerConfig {
     /// Largest global norm of the gradient (0 = no clipping; the paper clips its reinforcement
     /// stage at 0.2).
     pub max_grad_norm: f32,
-    /// Steps of linear warm-up from 0.
+    /// Updates of linear warm-up from 0.
     pub warmup_steps: u64,
     /// Decay after warm-up.
     pub schedule: Schedule,
-    /// Share of the steps, at the end, over which the rate decays.
+    /// Share of the updates, at the end, over which the rate decays.
     pub decay_share: f32,
     /// Share of the peak rate below which the rate never falls.
     pub final_share: f32,

@@ -113,6 +113,12 @@ impl Pipeline {
             "top_p = 1 and min_p = 0 switch them off",
         )?;
         require(
+            rollout.stop.iter().all(|stop| !stop.is_empty()),
+            "rollout.stop",
+            "holds an empty text, which would end every reply at once",
+            "leave the list out for none",
+        )?;
+        require(
             rollout.max_new_tokens > 0,
             "rollout.max_new_tokens",
             "must be at least 1",
@@ -124,18 +130,18 @@ impl Pipeline {
         if let Some(pretrain) = &self.pretrain {
             validate_optimizer(&pretrain.optimizer, "pretrain.optimizer")?;
             require(
-                pretrain.documents_per_step > 0,
+                pretrain.documents_per_step > 0 && pretrain.steps > 0,
                 "pretrain.documents_per_step",
-                "must be at least 1",
+                "must be at least 1, as must steps",
                 "8 works for small models",
             )?;
         }
         if let Some(cold_start) = &self.cold_start {
             validate_optimizer(&cold_start.optimizer, "cold_start.optimizer")?;
             require(
-                cold_start.traces_per_step > 0,
+                cold_start.traces_per_step > 0 && cold_start.steps > 0,
                 "cold_start.traces_per_step",
-                "must be at least 1",
+                "must be at least 1, as must steps",
                 "32 works for small models",
             )?;
         }
@@ -146,6 +152,15 @@ impl Pipeline {
                 "train.tasks_per_step",
                 "must be at least 1, as must updates_per_step",
                 "the paper uses 256 tasks and 1 update",
+            )?;
+            let recipe = train.recipe();
+            require(
+                [train.kl_weight, train.ntp_weight, recipe.clip_low, recipe.clip_high]
+                    .iter()
+                    .all(|value| value.is_finite() && *value >= 0.0),
+                "train.kl_weight",
+                "must be a finite number of at least 0, as must ntp_weight, clip_low and clip_high",
+                "0 switches a penalty off",
             )?;
             require(
                 train.updates_per_step <= train.tasks_per_step,
@@ -182,6 +197,13 @@ impl Pipeline {
 
 fn validate_optimizer(optimizer: &OptimizerConfig, key: &'static str) -> Check {
     let share = |value: f32| (0.0..=1.0).contains(&value);
+    let numbers = [optimizer.weight_decay, optimizer.max_grad_norm, optimizer.momentum, optimizer.epsilon];
+    require(
+        numbers.iter().all(|value| value.is_finite() && *value >= 0.0),
+        key,
+        "weight_decay, max_grad_norm, momentum and epsilon are finite numbers of at least 0",
+        "leave them out for the defaults",
+    )?;
     require(
         optimizer.learning_rate > 0.0 && optimizer.learning_rate.is_finite(),
         key,

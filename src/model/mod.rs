@@ -15,6 +15,7 @@ pub use config::{Architecture, DecoderConfig, Llama3, RopeScaling, Yarn, end_tok
 pub use decoder::{Decoder, Tape, Workspace};
 pub use forest::{Forest, Segment};
 pub use layout::{Layout, Parameter, Role};
+pub use weights::directory_digest;
 
 use std::path::PathBuf;
 

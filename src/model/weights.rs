@@ -77,6 +77,25 @@ fn make_readable(_path: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Digest of a model directory: its config.json and the names and lengths of its weight files.
+///
+/// # Errors
+/// When a file cannot be read.
+pub fn directory_digest(directory: &Path) -> Result<String, ModelError> {
+    let io = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| ModelError::Io { path, source }
+    };
+    let config = directory.join("config.json");
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&std::fs::read(&config).map_err(io(&config))?);
+    for file in weight_files(directory)? {
+        let length = std::fs::metadata(&file).map_err(io(&file))?.len();
+        hasher.update(file.file_name().unwrap_or_default().as_encoded_bytes()).update(&length.to_le_bytes());
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
 /// A tensor to write.
 struct View<'a> {
     shape: Vec<usize>,

@@ -78,6 +78,11 @@ impl RunDirectory {
     /// # Errors
     /// When they cannot be loaded.
     pub fn tokenizer(&self) -> Result<(Tokenizer, SpecialTokens), Error> {
+        let vocabulary = self.vocabulary()?;
+        Ok((vocabulary.tokenizer, vocabulary.special))
+    }
+
+    fn vocabulary(&self) -> Result<Vocabulary, Error> {
         let directory = self.paths.tokenizer();
         if self.pipeline.tokenizer.train.is_some() && !directory.join("tokenizer.json").exists() {
             return Err(PipelineError::Missing {
@@ -86,9 +91,7 @@ impl RunDirectory {
             }
             .into());
         }
-        let log = Log::without_file();
-        let vocabulary = Vocabulary::open(&self.pipeline, &self.pipeline.corpus, &directory, &log)?;
-        Ok((vocabulary.tokenizer, vocabulary.special))
+        Vocabulary::open(&self.pipeline, &self.pipeline.corpus, &directory, &Log::without_file())
     }
 
     /// The model of a stage's newest intact checkpoint; default: of the last main stage that has one.
@@ -107,7 +110,7 @@ impl RunDirectory {
         let stage = stage.or_else(|| main.into_iter().find(|stage| has_checkpoints(&self.paths, stage)));
         let Some(stage) = stage.filter(|stage| has_checkpoints(&self.paths, stage)) else {
             return if stage.is_none() && self.pipeline.model.path.is_some() {
-                initial_decoder(&self.pipeline, &self.tokenizer()?.0)
+                initial_decoder(&self.pipeline, &self.vocabulary()?)
             } else {
                 Err(PipelineError::Missing {
                     message: format!("{} holds no checkpoint of that stage", self.paths.0.display()),
@@ -159,7 +162,7 @@ impl RunDirectory {
     /// The model before the cold start, whose entropies choose positions.
     fn base(&self, run: &Run) -> Result<Decoder, Error> {
         if self.pipeline.pretrain.is_none() {
-            return initial_decoder(&self.pipeline, &run.vocabulary.tokenizer);
+            return initial_decoder(&self.pipeline, &run.vocabulary);
         }
         let finished = newest_state(&self.paths, "pretrain", &run.identity)?
             .is_some_and(|state| state["step"].is_u64() && state["step"] == state["steps"]);

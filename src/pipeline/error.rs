@@ -35,11 +35,11 @@ pub enum PipelineError {
         /// The first keys that differ.
         differences: String,
     },
-    /// The corpus is not the one that the run began with.
-    #[error("the corpus {source_text} has changed since this run began")]
-    CorpusChanged {
-        /// Where the text comes from.
-        source_text: String,
+    /// A corpus or model is not the one that the run began with.
+    #[error("{name} has changed since this run began")]
+    InputChanged {
+        /// The corpus's source or the model's directory.
+        name: String,
     },
     /// The directory holds something that is not a run.
     #[error("{directory} is not empty and holds no run")]
@@ -89,8 +89,8 @@ impl PipelineError {
             }
             Self::Io { .. } | Self::Malformed { .. } => return None,
             Self::Interrupted { .. } => "run the same command again to go on".into(),
-            Self::CorpusChanged { .. } => {
-                "restore the files, or choose another directory with --out to start with the new text".into()
+            Self::InputChanged { .. } => {
+                "restore the files, or choose another directory with --out to start with the new files".into()
             }
             Self::ForeignRun { .. } => {
                 "choose another directory with --out, or remove this one to start over".into()

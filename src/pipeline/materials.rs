@@ -139,10 +139,12 @@ fn last_documents(corpus: &CorpusConfig, count: usize) -> Result<Vec<String>, Er
 ///
 /// # Errors
 /// When it cannot be loaded, or tokenizer and model do not fit.
-pub(super) fn initial_decoder(pipeline: &Pipeline, tokenizer: &Tokenizer) -> Result<Decoder, Error> {
+pub(super) fn initial_decoder(pipeline: &Pipeline, vocabulary: &Vocabulary) -> Result<Decoder, Error> {
     let decoder = match (&pipeline.model.path, &pipeline.model.scratch) {
         (Some(path), _) => Decoder::load(path)?,
-        (None, Some(scratch)) => Decoder::from_scratch(scratch, tokenizer.vocab_size(), pipeline.seed),
+        (None, Some(scratch)) => {
+            Decoder::from_scratch(scratch, vocabulary.tokenizer.vocab_size(), pipeline.seed)
+        }
         (None, None) => {
             return Err(PipelineError::Missing {
                 message: "the pipeline names no model".into(),
@@ -151,28 +153,45 @@ pub(super) fn initial_decoder(pipeline: &Pipeline, tokenizer: &Tokenizer) -> Res
             .into());
         }
     };
-    tokenizer.check_vocabulary(decoder.config().vocab_size)?;
-    check_lengths(pipeline, decoder.config())?;
+    vocabulary.tokenizer.check_vocabulary(decoder.config().vocab_size)?;
+    let template = &vocabulary.template;
+    check_lengths(pipeline, decoder.config(), template.header.len() + template.footer.len())?;
     Ok(decoder)
 }
 
-/// Prompts with their replies must fit the model's positions.
+/// Prompts with their replies, and pieces of pre-training documents, must fit the model's positions.
+/// `template_tokens` are those of header and footer.
 ///
 /// # Errors
 /// When they do not.
-pub(super) fn check_lengths(pipeline: &Pipeline, config: &DecoderConfig) -> Result<(), Error> {
-    let document = pipeline.tasks.max_document_tokens;
-    let reply = if pipeline.train.is_some() { pipeline.rollout.max_new_tokens } else { 0 };
+pub(super) fn check_lengths(
+    pipeline: &Pipeline,
+    config: &DecoderConfig,
+    template_tokens: usize,
+) -> Result<(), Error> {
     let limit = config.max_positions;
-    if document + reply > limit {
-        return Err(PipelineError::Missing {
-            message: format!(
-                "tasks.max_document_tokens ({document}) + rollout.max_new_tokens ({reply}) do not fit the \
-                 model's {limit} positions"
+    let refuse =
+        |message: String, hint: &str| Err(PipelineError::Missing { message, hint: hint.into() }.into());
+    let piece = pipeline.pretrain.as_ref().map_or(0, |pretrain| pretrain.max_document_tokens);
+    if piece + 1 > limit {
+        return refuse(
+            format!(
+                "pretrain.max_document_tokens ({piece}) and a start token do not fit the model's {limit} positions"
             ),
-            hint: "lower one of the two, or use a model with more positions".into(),
-        }
-        .into());
+            "lower pretrain.max_document_tokens, or use a model with more positions",
+        );
+    }
+    let replies = pipeline.train.is_some() || (pipeline.eval.is_some() && pipeline.cold_start.is_some());
+    let reply = if replies { pipeline.rollout.max_new_tokens } else { 0 };
+    let document = pipeline.tasks.max_document_tokens;
+    if document + reply + template_tokens > limit {
+        return refuse(
+            format!(
+                "tasks.max_document_tokens ({document}) + rollout.max_new_tokens ({reply}) + {template_tokens} tokens of \
+                 the prompt template do not fit the model's {limit} positions"
+            ),
+            "lower one of the first two, or use a model with more positions",
+        );
     }
     Ok(())
 }

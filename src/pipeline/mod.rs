@@ -129,7 +129,7 @@ impl Trained {
 
 /// Next-token pre-training, or the model that the pipeline names.
 fn pretrain(run: &Run) -> Result<(Decoder, Option<StageState<Cursor>>), Error> {
-    let initial = || initial_decoder(&run.pipeline, &run.vocabulary.tokenizer);
+    let initial = || initial_decoder(&run.pipeline, &run.vocabulary);
     let Some(config) = &run.pipeline.pretrain else { return Ok((initial()?, None)) };
     let stage = SupervisedStage { name: "pretrain", steps: config.steps, optimizer: &config.optimizer };
     let start = || Ok((initial()?, 0, Cursor::default()));
@@ -163,6 +163,9 @@ fn build_tasks(run: &Run, split: &str, base: &Decoder) -> Result<(), Error> {
         (&run.sources.tasks, run.pipeline.tasks.clone())
     };
     let proxy = run.pipeline.tasks.proxy.as_deref().map(Decoder::load).transpose()?;
+    if let Some(proxy) = &proxy {
+        run.vocabulary.tokenizer.check_vocabulary(proxy.config().vocab_size)?;
+    }
     let builder = TaskBuilder {
         settings: &settings,
         seed: run.pipeline.seed,
@@ -197,7 +200,15 @@ fn cold_start(run: &Run, trained: &Trained) -> Result<Option<Finished<Cursor>>, 
     let Some(config) = &run.pipeline.cold_start else { return Ok(None) };
     let start = || Ok((trained.base.inference_copy(), trained.metrics_bytes(), Cursor::default()));
     let traces = run.sources.traces.as_deref();
-    Ok(Some(learn_traces(run, "cold_start", config, config.steps, traces, start)?))
+    Ok(Some(learn_traces(
+        run,
+        "cold_start",
+        config,
+        config.steps,
+        traces,
+        trained.base.config().max_positions,
+        start,
+    )?))
 }
 
 /// A supervised stage on traces.
@@ -207,6 +218,7 @@ fn learn_traces(
     config: &ColdStartConfig,
     steps: u64,
     traces: Option<&str>,
+    positions: usize,
     start: impl FnOnce() -> Result<(Decoder, u64, Cursor), Error>,
 ) -> Result<Finished<Cursor>, Error> {
     let traces = traces.ok_or_else(|| PipelineError::Missing {
@@ -214,7 +226,7 @@ fn learn_traces(
         hint: "set cold_start.source to parquet files with text, offset, thought and prediction".into(),
     })?;
     let stage = SupervisedStage { name, steps, optimizer: &config.optimizer };
-    run_supervised(run, &stage, start, |_| TraceExamples::open(run, config, traces))
+    run_supervised(run, &stage, start, |_| TraceExamples::open(run, config, traces, positions))
 }
 
 /// Evaluates every model of the table, training the controls on the way.
@@ -243,11 +255,19 @@ fn evaluate_all(run: &Run, trained: &Trained) -> Result<(), Error> {
     let (Some(config), Some(cold_start)) = (&run.pipeline.cold_start, &trained.cold_start) else {
         return Ok(());
     };
-    if controls.more_cold_start {
+    if controls.more_cold_start && trained.train_flops() > 0 {
         let steps = steps_for(trained.train_flops(), &cold_start.state);
         let start = || Ok((cold_start.decoder.inference_copy(), metrics_bytes, Cursor::default()));
         let traces = run.sources.traces.as_deref();
-        let finished = learn_traces(run, "more_cold_start", config, steps, traces, start)?;
+        let finished = learn_traces(
+            run,
+            "more_cold_start",
+            config,
+            steps,
+            traces,
+            trained.base.config().max_positions,
+            start,
+        )?;
         evaluator.reasoned("more_cold_start", &finished.decoder)?;
         metrics_bytes = finished.state.metrics_bytes;
     }
@@ -255,7 +275,15 @@ fn evaluate_all(run: &Run, trained: &Trained) -> Result<(), Error> {
         let steps = steps_for(trained.cold_start_flops() + trained.train_flops(), &cold_start.state);
         let start = || Ok((trained.base.inference_copy(), metrics_bytes, Cursor::default()));
         let traces = run.sources.clean_traces.as_deref();
-        let finished = learn_traces(run, "clean_traces", config, steps, traces, start)?;
+        let finished = learn_traces(
+            run,
+            "clean_traces",
+            config,
+            steps,
+            traces,
+            trained.base.config().max_positions,
+            start,
+        )?;
         evaluator.reasoned("clean_traces", &finished.decoder)?;
     }
     Ok(())

@@ -47,7 +47,7 @@ pub fn plan(loaded: &Loaded) -> Result<Plan, Error> {
         (None, None) => None,
     };
     if let Some(config) = &config {
-        check_lengths(pipeline, config)?;
+        check_lengths(pipeline, config, 0)?;
     }
     let parameters = config.map_or(0, |config| Layout::new(&config).len());
     let train = pipeline.train.as_ref();

@@ -97,10 +97,11 @@ pub(super) fn reinforce(
     reference: impl FnOnce() -> Result<Decoder, Error>,
 ) -> Result<Finished<ReinforceState>, Error> {
     let start = || start().map(|(decoder, bytes)| (decoder, bytes, ReinforceState::default()));
-    let stage = match Stage::open(run, "train", config.steps, &config.optimizer, start)? {
-        Opened::Finished(finished) => return Ok(*finished),
-        Opened::Open(stage) => stage,
-    };
+    let stage =
+        match Stage::open(run, "train", config.steps, config.updates_per_step, &config.optimizer, start)? {
+            Opened::Finished(finished) => return Ok(*finished),
+            Opened::Open(stage) => stage,
+        };
     let reference = if config.kl_weight > 0.0 { Some(reference()?) } else { None };
     let mut this = Reinforcement::open(run, config, stage, reference)?;
     let mut progress = Progress::new(&run.log, "train", this.stage.state.step, config.steps);

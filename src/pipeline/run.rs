@@ -4,10 +4,11 @@ use super::error::PipelineError;
 use super::materials::{Sources, Vocabulary, read_json, write_json};
 use super::stage::has_successors;
 use crate::checkpoint::{RunLock, atomic_write};
-use crate::config::{Loaded, Pipeline};
+use crate::config::{CorpusConfig, Loaded, Pipeline};
 use crate::corpus::Corpus;
 use crate::error::Error;
 use crate::report::{Log, MetricsLog};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -102,7 +103,7 @@ impl Run {
         let log = Log::open(&paths.logs())?;
         log.say(format!("run directory {}", paths.0.display()));
         let sources = Sources::resolve(&pipeline, &paths.corpus(), &log)?;
-        check_corpus(&paths, &sources)?;
+        check_inputs(&paths, &digests(&pipeline, &sources)?)?;
         let vocabulary = Vocabulary::open(&pipeline, &sources.corpus, &paths.tokenizer(), &log)?;
         let identity = blake3::hash(text.as_bytes()).to_hex().to_string();
         Ok(Self {
@@ -165,14 +166,34 @@ pub(super) fn resolved_text(pipeline: &Pipeline) -> Result<String, Error> {
     Ok(toml::to_string(pipeline).map_err(malformed)?)
 }
 
-/// The text must be that with which the run began: cursors and counts belong to it.
-fn check_corpus(paths: &Paths, sources: &Sources) -> Result<(), Error> {
-    let path = paths.0.join("corpus.json");
-    let now = Corpus::open(&sources.corpus)?.fingerprint()?;
-    match read_json::<String>(&path)? {
-        Some(then) if then == now => Ok(()),
-        Some(_) => Err(PipelineError::CorpusChanged { source_text: sources.corpus.source.clone() }.into()),
-        None => write_json(&path, &now),
+/// Digests of everything that a run reads from outside, by path: all are opened here, before
+/// anything is spent.
+fn digests(pipeline: &Pipeline, sources: &Sources) -> Result<BTreeMap<String, String>, Error> {
+    let traces = [&sources.traces, &sources.clean_traces].into_iter().flatten().map(|source| CorpusConfig {
+        source: source.clone(),
+        text_column: "text".into(),
+        id_column: None,
+        ..pipeline.corpus.clone()
+    });
+    let traces = traces.filter(|_| pipeline.cold_start.is_some());
+    let texts = [&sources.corpus, &sources.tasks].into_iter().chain(&sources.held_out).cloned().chain(traces);
+    let mut digests = BTreeMap::new();
+    for text in texts {
+        digests.insert(text.source.clone(), Corpus::open(&text)?.fingerprint()?);
+    }
+    for model in pipeline.model.path.iter().chain(&pipeline.tasks.proxy) {
+        digests.insert(model.display().to_string(), crate::model::directory_digest(model)?);
+    }
+    Ok(digests)
+}
+
+/// What a run reads must be what it began with: cursors, counts and weights belong to it.
+fn check_inputs(paths: &Paths, now: &BTreeMap<String, String>) -> Result<(), Error> {
+    let path = paths.0.join("inputs.json");
+    let Some(then) = read_json::<BTreeMap<String, String>>(&path)? else { return write_json(&path, now) };
+    match now.iter().find(|(name, digest)| then.get(*name) != Some(digest)) {
+        Some((name, _)) => Err(PipelineError::InputChanged { name: name.clone() }.into()),
+        None => Ok(()),
     }
 }
 

@@ -86,9 +86,11 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
         run: &'run Run,
         name: &'static str,
         steps: u64,
+        updates_per_step: usize,
         optimizer: &OptimizerConfig,
         start: impl FnOnce() -> Result<(Decoder, u64, S), Error>,
     ) -> Result<Opened<'run, S>, Error> {
+        let updates = steps * updates_per_step as u64;
         let mut store =
             CheckpointStore::open(&run.paths.checkpoints(name), run.pipeline.run.keep_checkpoints)?;
         for recovered in store.recovered() {
@@ -101,7 +103,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
         let Some(checkpoint) = found.checkpoint else {
             let (decoder, metrics_bytes, source) = start()?;
             let metrics = run.metrics_at(name, metrics_bytes)?;
-            let trainer = Trainer::new(decoder, optimizer, steps)?;
+            let trainer = Trainer::new(decoder, optimizer, updates)?;
             let state =
                 StageState { step: 0, steps, metrics_bytes, flops: 0, tokens: 0, seconds: 0.0, source };
             let stage = Self { run, name, trainer, state, metrics, store, since: Instant::now() };
@@ -112,7 +114,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
         if state.step >= state.steps {
             return Ok(Opened::Finished(Box::new(Finished { decoder, state })));
         }
-        let mut trainer = Trainer::new(decoder, optimizer, steps)?;
+        let mut trainer = Trainer::new(decoder, optimizer, updates)?;
         let saved = checkpoint.tensors("optimizer")?;
         for (tensor, values) in trainer.optimizer_mut().state_mut() {
             saved.read_into(&tensor, values)?;

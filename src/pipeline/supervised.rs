@@ -48,7 +48,7 @@ pub(super) fn run_supervised<E: Examples>(
     start: impl FnOnce() -> Result<(Decoder, u64, Cursor), Error>,
     examples: impl FnOnce(Cursor) -> Result<E, Error>,
 ) -> Result<Finished<Cursor>, Error> {
-    let mut stage = match Stage::open(run, settings.name, settings.steps, settings.optimizer, start)? {
+    let mut stage = match Stage::open(run, settings.name, settings.steps, 1, settings.optimizer, start)? {
         Opened::Finished(finished) => return Ok(*finished),
         Opened::Open(stage) => stage,
     };
@@ -157,6 +157,7 @@ pub(super) struct TraceExamples<'run> {
     traces: Vec<Example>,
     shards: TaskShards,
     header: Vec<u32>,
+    longest_document: usize,
     stream: Stream,
 }
 
@@ -165,20 +166,34 @@ impl<'run> TraceExamples<'run> {
     ///
     /// # Errors
     /// When they cannot be read, or none starts at a token boundary.
-    pub(super) fn open(run: &'run Run, config: &'run ColdStartConfig, source: &str) -> Result<Self, Error> {
+    pub(super) fn open(
+        run: &'run Run,
+        config: &'run ColdStartConfig,
+        source: &str,
+        positions: usize,
+    ) -> Result<Self, Error> {
         let (traces, _) = load_traces(source)?;
-        let examples: Vec<Example> = traces
+        let mut examples: Vec<Example> = traces
             .iter()
             .map(|trace| encode_trace(run, trace))
             .filter_map(Result::transpose)
             .collect::<Result<_, _>>()?;
-        if examples.len() < traces.len() {
-            let lost = traces.len() - examples.len();
+        let encoded = examples.len();
+        if encoded < traces.len() {
+            let lost = traces.len() - encoded;
             run.log.warn(format!("{lost} of {} traces do not start at a token boundary", traces.len()));
+        }
+        // The last token is only predicted, never read.
+        examples.retain(|example| example.ids.len() <= positions + 1);
+        if examples.len() < encoded {
+            let lost = encoded - examples.len();
+            run.log.warn(format!("{lost} of {encoded} traces do not fit the model's {positions} positions"));
         }
         if examples.is_empty() {
             return Err(PipelineError::Missing {
-                message: format!("{source} holds no trace that starts at a token boundary"),
+                message: format!(
+                    "{source} holds no trace that starts at a token boundary and fits the model's {positions} positions"
+                ),
                 hint: "`offset` counts the bytes of `text` before the prediction".into(),
             }
             .into());
@@ -186,7 +201,8 @@ impl<'run> TraceExamples<'run> {
         let shards = TaskShards::open(&run.paths.tasks("train"), &run.vocabulary.fingerprints())?;
         let header = run.vocabulary.special.bos.into_iter().collect();
         let stream = Stream::new(run.pipeline.seed, "cold start");
-        Ok(Self { config, traces: examples, shards, header, stream })
+        let longest_document = run.pipeline.tasks.max_document_tokens;
+        Ok(Self { config, traces: examples, shards, header, longest_document, stream })
     }
 }
 
@@ -200,7 +216,9 @@ impl Examples for TraceExamples<'_> {
         if self.config.ntp_weight > 0.0 {
             let draw = draw.child(1);
             for n in 0..self.config.ntp_documents_per_step as u64 {
-                let tokens = self.shards.document(draw.below(n, self.shards.documents()))?.tokens;
+                let mut tokens = self.shards.document(draw.below(n, self.shards.documents()))?.tokens;
+                // Without the look-ahead, which the model's positions need not have room for.
+                tokens.truncate(self.longest_document);
                 let ids = self.header.iter().copied().chain(tokens).collect();
                 documents.push(Example { ids, first_target: 1, weight: self.config.ntp_weight });
             }

@@ -251,7 +251,9 @@ impl Lane {
         let scores = pass.decoder.score(&states, &tokens, pass.inverse_temperature, workspace);
         let reference = match pass.reference {
             None => None,
-            Some(reference) => Some(pass.reference_logprobs(reference, batch, &rows, &tokens)?),
+            Some(reference) => {
+                Some(pass.reference_logprobs(reference, batch, &rows, &tokens, &mut workspace.flops)?)
+            }
         };
         let mut totals = Totals::default();
         let gradient = |(at, score): (usize, &TokenScore)| {
@@ -272,12 +274,14 @@ impl Pass<'_> {
         batch: &MicroBatch,
         rows: &[usize],
         tokens: &[u32],
+        flops: &mut u64,
     ) -> Result<Vec<f32>, ModelError> {
         let (mut cache, mut workspace) = (reference.new_cache(), Workspace::default());
         let extensions = batch.forest.enter(&mut cache);
         reference.forward(batch.forest.ids(), &extensions, &mut cache, &mut workspace, None)?;
         let states = reference.hidden(&workspace, rows);
         let scores = reference.score(&states, tokens, self.inverse_temperature, &mut workspace);
+        *flops += workspace.flops;
         Ok(scores.iter().map(|score| score.policy_logprob).collect())
     }
 
