@@ -140,6 +140,7 @@ fn rotary_settings_that_are_not_implemented_are_refused_by_name() {
             json!({ "rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1 }),
         ),
         ("beta_fast", json!({ "rope_type": "yarn", "factor": 4.0, "beta_fast": "32" })),
+        ("beta_slow", json!({ "rope_type": "yarn", "factor": 4.0, "beta_slow": -1 })),
         ("rope_theta", json!({ "rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0 })),
     ] {
         for spelling in ["rope_scaling", "rope_parameters"] {

@@ -154,12 +154,16 @@ fn with_inverse(frequencies: Frequencies, change: impl Fn(f32) -> f32) -> Freque
 impl Yarn {
     fn read(settings: &Reader, original_positions: usize, max_positions: usize) -> Result<Self, ModelError> {
         let nonzero = |key| settings.number(key).map(|number| number.filter(|number| *number != 0.0));
+        let rotations = |key, default| match nonzero(key)? {
+            Some(_) => settings.positive(key, None),
+            None => Ok(default),
+        };
         Ok(Self {
             factor: settings.positive("factor", Some(max_positions as f64 / original_positions as f64))?,
             original_positions,
             attention_factor: settings.number("attention_factor")?,
-            beta_fast: nonzero("beta_fast")?.unwrap_or(32.0),
-            beta_slow: nonzero("beta_slow")?.unwrap_or(1.0),
+            beta_fast: rotations("beta_fast", 32.0)?,
+            beta_slow: rotations("beta_slow", 1.0)?,
             mscale: nonzero("mscale")?,
             mscale_all_dim: nonzero("mscale_all_dim")?,
             truncate: settings.flag("truncate", true)?,
