@@ -112,7 +112,7 @@ impl Vocabulary {
         };
         let tokenizer = Tokenizer::load(&path)?;
         let special = SpecialTokens::resolve(&tokenizer, &pipeline.tokenizer)?;
-        let chat = ChatFormat::of(&tokenizer);
+        let chat = ChatFormat::beside(&tokenizer)?;
         let template = PromptTemplate::new(pipeline.tasks.template, &tokenizer, &special, &chat)?;
         Ok(Self { tokenizer, special, template })
     }
