@@ -3,7 +3,7 @@
 
 use proptest::prelude::*;
 use rpt::tasks::ChatFormat;
-use rpt::tokenize::{ChatTemplate, Message, TokenizeError};
+use rpt::tokenize::{ChatTemplate, Message, TokenizeError, Tokenizer};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -108,7 +108,32 @@ fn a_format_is_what_stands_around_the_user_s_words() {
     assert!(opened.opens_thought);
     assert_eq!(opened.user_start, "<s><User>");
     assert_eq!(opened.user_end_and_assistant_start, "<Assistant><think>\n");
-    assert!(matches!(own("engine.jinja"), Err(TokenizeError::Template { .. })));
+}
+
+#[test]
+fn a_format_around_words_is_the_rendering_of_the_words() {
+    let words = "Complete the text.\n\n### Context\n```\nOnce upon a time\n```";
+    for name in ["turns", "thoughts", "opened", "headers", "modes", "strict"] {
+        let source = std::fs::read_to_string(Path::new(OWN).join(format!("{name}.jinja"))).unwrap();
+        let template = template(&source, &json!({"bos_token": "<s>"}));
+        let format = ChatFormat::from_template(&template).unwrap();
+        let rendered = template.render(&[Message::user(words)], true).unwrap();
+        let around = format.user_start + words + &format.user_end_and_assistant_start;
+        assert_eq!(around, rendered, "{name}");
+    }
+}
+
+#[test]
+fn the_template_beside_a_tokenizer_is_used() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/peers/golden/qwen3-pico/tokenizer.json");
+    if !Path::new(path).exists() {
+        println!("SKIPPED: {path} is absent");
+        return;
+    }
+    let tokenizer = Tokenizer::load(Path::new(path)).unwrap();
+    let (beside, known) = (ChatFormat::beside(&tokenizer).unwrap(), ChatFormat::of(&tokenizer));
+    assert!(beside.from_model && !known.from_model);
+    assert_eq!(ChatFormat { from_model: false, ..beside }, known);
 }
 
 #[test]

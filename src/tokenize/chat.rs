@@ -197,7 +197,9 @@ impl ChatTemplate {
     }
 
     fn rendered(&self, meter: &Arc<Meter>, context: Value) -> Result<String, Error> {
-        let source = without_generation_tags(&self.source);
+        // Jinja reads every kind of line end as a line feed.
+        let source = self.source.replace("\r\n", "\n").replace('\r', "\n");
+        let source = without_generation_tags(&source);
         let environment = environment(meter, self.today);
         let template = metered(&parse(&source, "chat_template", syntax()?)?)?;
         let mut generator = CodeGenerator::new("chat_template", &source);
@@ -212,7 +214,7 @@ impl ChatTemplate {
     /// What the template sees.
     fn context(&self, messages: &[Message], add_generation_prompt: bool) -> Value {
         let message = |Message { role, content }: &Message| {
-            Value::from_iter([("role", Value::from(role)), ("content", Value::from(content))])
+            Value::from_pairs([("role", Value::from(role)), ("content", Value::from(content))])
         };
         let own = [
             ("messages", messages.iter().map(message).collect()),
@@ -221,7 +223,7 @@ impl ChatTemplate {
             ("add_generation_prompt", Value::from(add_generation_prompt)),
         ];
         let tokens = self.tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token)));
-        tokens.chain(own).collect()
+        Value::from_pairs(tokens.chain(own))
     }
 }
 

@@ -4,7 +4,7 @@
 //! they are given, they are replaced here.
 
 use super::chat::Date;
-use super::chat_meter::{Bounded, CONCAT, Meter, TIMES, WEIGH};
+use super::chat_meter::{Bounded, CONCAT, ITERATE, MAX_NESTING, Meter, TIMES, WEIGH};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind, from_args};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
@@ -36,6 +36,7 @@ pub(super) fn environment(meter: &Arc<Meter>, today: Date) -> Environment<'stati
     }
     add_operators(&mut environment, meter);
     add_filters(&mut environment, meter);
+    add_tests(&mut environment);
     add_methods(&mut environment, meter);
     environment.remove_global("debug");
     environment.add_function("raise_exception", |message: String| {
@@ -77,6 +78,18 @@ fn add_filters(environment: &mut Environment<'static>, meter: &Arc<Meter>) {
     environment.add_filter("tojson", move |value: &Value, indent: Option<usize>, options: Kwargs| {
         shared.weigh(value)?;
         tojson(&shared, value, indent, &options)
+    });
+}
+
+/// Where Python and minijinja disagree on what can be walked.
+fn add_tests(environment: &mut Environment<'static>) {
+    environment.add_filter(ITERATE, |value: Value| {
+        if value.is_none() { Err(invalid("none cannot be iterated")) } else { Ok(value) }
+    });
+    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
+    environment.add_test("sequence", |value: &Value| {
+        use ValueKind::{Map, Seq, String, Undefined};
+        matches!(value.kind(), Map | Seq | String | Undefined)
     });
 }
 
@@ -148,17 +161,15 @@ fn repeat(meter: &Meter, value: &Value, count: &Value) -> Result<Value, Error> {
 
 /// Python's `json.dumps(value, ensure_ascii=False)`, with `indent` and `sort_keys`.
 fn tojson(meter: &Meter, value: &Value, indent: Option<usize>, options: &Kwargs) -> Result<String, Error> {
-    let indent = indent.or(options.get::<Option<usize>>("indent")?).map(|width| width.min(64));
+    let indent = indent.or(options.get::<Option<usize>>("indent")?);
+    meter.check_size(indent.map_or(Some(0), |width| width.checked_mul(MAX_NESTING)))?;
     let sort = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     options.get::<Option<Value>>("ensure_ascii")?;
     options.assert_all_used()?;
     let mut writer = JsonWriter { text: Bounded(String::new()), indent, sort };
     match writer.value(value, 0) {
         Ok(()) => Ok(writer.text.0),
-        Err(_) if writer.text.0.len() > super::chat_meter::MAX_VALUE / 2 => {
-            meter.check_size(None).map(|()| String::new())
-        }
-        Err(_) => Err(invalid("a value has no JSON")),
+        Err(_) => Err(invalid("a value has no JSON, or too much of it")),
     }
 }
 
@@ -220,7 +231,8 @@ impl JsonWriter {
 
     fn line(&mut self, depth: usize) -> std::fmt::Result {
         let Some(width) = self.indent else { return Ok(()) };
-        write!(self.text, "\n{:1$}", "", width * depth)
+        self.text.write_char('\n')?;
+        (0..width * depth).try_for_each(|_| self.text.write_char(' '))
     }
 
     fn string(&mut self, text: &str) -> std::fmt::Result {

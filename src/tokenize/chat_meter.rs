@@ -20,14 +20,17 @@ pub(super) const CONCAT: &str = "__concat";
 /// Filter in place of the `*` operator.
 pub(super) const TIMES: &str = "__times";
 
+/// Filter around what a loop walks.
+pub(super) const ITERATE: &str = "__iterate";
+
 /// Bytes of the largest text, and weight of the largest value.
-pub(super) const MAX_VALUE: usize = 1 << 20;
+const MAX_VALUE: usize = 1 << 20;
 /// Weight of all values that a rendering yields, one after another.
 const MAX_WORK: usize = 1 << 26;
 /// Bytes that a rendering may write.
 const MAX_OUTPUT: usize = 1 << 22;
 /// Lists in lists.
-const MAX_NESTING: usize = 16;
+pub(super) const MAX_NESTING: usize = 16;
 /// Depth of the syntax tree.
 const MAX_DEPTH: usize = 256;
 /// Weight of a value without its text: about what it takes in memory.
@@ -222,7 +225,7 @@ impl Rewriter {
     fn for_loop<'a>(&mut self, node: &ast::ForLoop<'a>) -> Result<ast::ForLoop<'a>, Error> {
         Ok(ast::ForLoop {
             target: self.target(&node.target)?,
-            iter: self.weighed(&node.iter)?,
+            iter: filter(ITERATE, self.weighed(&node.iter)?, vec![], node.iter.span()),
             filter_expr: self.optional(node.filter_expr.as_ref(), Self::weighed)?,
             recursive: node.recursive,
             body: self.body(&node.body)?,
