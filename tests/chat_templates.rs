@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use proptest::prelude::*;
-use rpt::tasks::ChatFormat;
-use rpt::tokenize::{ChatTemplate, Message, TokenizeError, Tokenizer};
+use rpt::config::TemplateName;
+use rpt::tasks::{ChatFormat, PromptTemplate};
+use rpt::tokenize::{ChatTemplate, Message, SpecialTokens, TokenizeError, Tokenizer};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -134,6 +135,30 @@ fn the_template_beside_a_tokenizer_is_used() {
     let (beside, known) = (ChatFormat::beside(&tokenizer).unwrap(), ChatFormat::of(&tokenizer));
     assert!(beside.from_model && !known.from_model);
     assert_eq!(ChatFormat { from_model: false, ..beside }, known);
+}
+
+#[test]
+fn instructions_stand_in_the_model_s_own_turn() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/peers/golden/qwen3-pico/tokenizer.json");
+    if !Path::new(path).exists() {
+        println!("SKIPPED: {path} is absent");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let copy = directory.path().join("tokenizer.json");
+    std::fs::copy(path, &copy).unwrap();
+    let source = "{{ '<|im_start|>own ' }}{{ messages[0].content }}{{ '<|im_end|><think>\\n' }}";
+    std::fs::write(directory.path().join("chat_template.jinja"), source).unwrap();
+    let tokenizer = Tokenizer::load(&copy).unwrap();
+    let id = |name: &str| tokenizer.encode_control(name).unwrap()[0];
+    let special = SpecialTokens { eos: id("<|im_end|>"), bos: Some(id("a")) };
+    let v6 = PromptTemplate::resolve(TemplateName::V6, &tokenizer, &special).unwrap();
+    assert_eq!(v6.header[0], id("<|im_start|>"), "the template says whether a start token comes first");
+    assert!(tokenizer.decode_lossy(&v6.header).starts_with("<|im_start|>own Complete the text"));
+    assert!(tokenizer.decode_lossy(&v6.footer).ends_with("next token.<|im_end|><think>\n"));
+    std::fs::write(directory.path().join("chat_template.jinja"), "{{ broken").unwrap();
+    assert!(PromptTemplate::resolve(TemplateName::V6, &tokenizer, &special).is_err());
+    assert!(PromptTemplate::resolve(TemplateName::Plain, &tokenizer, &special).is_ok());
 }
 
 #[test]

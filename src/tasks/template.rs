@@ -94,6 +94,24 @@ pub struct PromptTemplate {
 }
 
 impl PromptTemplate {
+    /// Encodes a template for the model of a tokenizer's directory: instructions become one user
+    /// turn of its chat template, or of [`ChatFormat::of`] where it has none.
+    ///
+    /// # Errors
+    /// When the chat template cannot be used, or the text cannot be encoded.
+    pub fn resolve(
+        name: TemplateName,
+        tokenizer: &Tokenizer,
+        special: &SpecialTokens,
+    ) -> Result<Self, TokenizeError> {
+        // The plain template needs no chat, and so no template that may be broken.
+        let chat = match name {
+            TemplateName::Plain => ChatFormat::of(tokenizer),
+            _ => ChatFormat::beside(tokenizer)?,
+        };
+        Self::new(name, tokenizer, special, &chat)
+    }
+
     /// Encodes a template. Instruction templates become one user turn of `chat`; the plain
     /// template is the document's start token and an opening think tag.
     ///

@@ -340,12 +340,10 @@ impl Rewriter {
     fn operation<'a>(&mut self, expr: &Expr<'a>) -> Result<Expr<'a>, Error> {
         Ok(match expr {
             Expr::UnaryOp(node) => {
-                let op = match node.op {
-                    ast::UnaryOpKind::Not => ast::UnaryOpKind::Not,
-                    ast::UnaryOpKind::Neg => ast::UnaryOpKind::Neg,
-                };
-                let expr = self.weighed(&node.expr)?;
-                Expr::UnaryOp(Spanned::new(ast::UnaryOp { op, expr }, node.span()))
+                let negates = matches!(node.op, ast::UnaryOpKind::Neg);
+                let op = if negates { ast::UnaryOpKind::Neg } else { ast::UnaryOpKind::Not };
+                let operation = ast::UnaryOp { op, expr: self.weighed(&node.expr)? };
+                Expr::UnaryOp(Spanned::new(operation, node.span()))
             }
             Expr::Compare(node) => {
                 let one = |part: &ast::CompareOp<'a>| {
