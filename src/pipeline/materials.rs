@@ -8,7 +8,7 @@ use crate::corpus::{Corpus, Trace, read_traces};
 use crate::error::Error;
 use crate::model::{Decoder, DecoderConfig};
 use crate::report::Log;
-use crate::tasks::{ChatFormat, Fingerprints, PromptTemplate};
+use crate::tasks::{Fingerprints, PromptTemplate};
 use crate::tokenize::{SpecialTokens, Tokenizer, train_byte_level_bpe};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -112,8 +112,7 @@ impl Vocabulary {
         };
         let tokenizer = Tokenizer::load(&path)?;
         let special = SpecialTokens::resolve(&tokenizer, &pipeline.tokenizer)?;
-        let chat = ChatFormat::of(&tokenizer);
-        let template = PromptTemplate::new(pipeline.tasks.template, &tokenizer, &special, &chat)?;
+        let template = PromptTemplate::resolve(pipeline.tasks.template, &tokenizer, &special)?;
         Ok(Self { tokenizer, special, template })
     }
 

@@ -6,7 +6,7 @@
 
 use super::Fingerprints;
 use crate::config::TemplateName;
-use crate::tokenize::{SpecialTokens, THINK, TokenizeError, Tokenizer};
+use crate::tokenize::{ChatTemplate, Message, SpecialTokens, THINK, TokenizeError, Tokenizer};
 
 /// The text around the turn of a user.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,7 +15,16 @@ pub struct ChatFormat {
     pub user_start: String,
     /// After the user's words, up to where the model goes on.
     pub user_end_and_assistant_start: String,
+    /// Whether the texts are those of the model's own template, which then also says whether a
+    /// start token comes first.
+    pub from_model: bool,
+    /// Whether the reply begins inside a thought that the template has opened.
+    pub opens_thought: bool,
 }
+
+/// Stands for the user's words while a template is rendered: a character for private use that no
+/// template has a reason to contain, on both sides of a word.
+const USER_WORDS: &str = "\u{f0000}words of the user\u{f0000}";
 
 /// Chat formats by a token that only they use.
 const KNOWN_FORMATS: [(&str, &str, &str); 3] = [
@@ -29,12 +38,49 @@ const KNOWN_FORMATS: [(&str, &str, &str); 3] = [
 ];
 
 impl ChatFormat {
+    /// The format of the chat template beside a tokenizer, or else what its control tokens tell
+    /// (see [`Self::of`]).
+    ///
+    /// # Errors
+    /// When there is a template that cannot be read or rendered.
+    pub fn beside(tokenizer: &Tokenizer) -> Result<Self, TokenizeError> {
+        match ChatTemplate::beside(tokenizer)? {
+            Some(template) => Self::from_template(&template),
+            None => Ok(Self::of(tokenizer)),
+        }
+    }
+
+    /// The text that a model's own template puts around the only turn of a user.
+    ///
+    /// # Errors
+    /// When the template cannot be rendered, or does not write the user's words exactly once.
+    pub fn from_template(template: &ChatTemplate) -> Result<Self, TokenizeError> {
+        let text = template.render(&[Message::user(USER_WORDS)], true)?;
+        let parts: Vec<&str> = text.split(USER_WORDS).collect();
+        let [start, end] = parts[..] else {
+            return Err(TokenizeError::Template {
+                path: template.path().to_owned(),
+                message: format!("writes the words of the user {} times", parts.len() - 1),
+            });
+        };
+        Ok(Self::new(start, end, true))
+    }
+
+    fn new(start: &str, end: &str, from_model: bool) -> Self {
+        Self {
+            user_start: start.to_owned(),
+            user_end_and_assistant_start: end.to_owned(),
+            from_model,
+            opens_thought: end.trim_end().ends_with(THINK),
+        }
+    }
+
     /// The format that a tokenizer's control tokens tell (`ChatML`, `DeepSeek` R1, Llama 3), or else
     /// plain words with an opened thought.
     pub fn of(tokenizer: &Tokenizer) -> Self {
         let known = KNOWN_FORMATS.iter().find(|(token, ..)| tokenizer.id_of(token).is_some());
         let (_, start, end) = known.copied().unwrap_or(("", "User: ", "\n\nAssistant: <think>\n"));
-        Self { user_start: start.to_owned(), user_end_and_assistant_start: end.to_owned() }
+        Self::new(start, end, false)
     }
 }
 
@@ -48,6 +94,24 @@ pub struct PromptTemplate {
 }
 
 impl PromptTemplate {
+    /// Encodes a template for the model of a tokenizer's directory: instructions become one user
+    /// turn of its chat template, or of [`ChatFormat::of`] where it has none.
+    ///
+    /// # Errors
+    /// When the chat template cannot be used, or the text cannot be encoded.
+    pub fn resolve(
+        name: TemplateName,
+        tokenizer: &Tokenizer,
+        special: &SpecialTokens,
+    ) -> Result<Self, TokenizeError> {
+        // The plain template needs no chat, and so no template that may be broken.
+        let chat = match name {
+            TemplateName::Plain => ChatFormat::of(tokenizer),
+            _ => ChatFormat::beside(tokenizer)?,
+        };
+        Self::new(name, tokenizer, special, &chat)
+    }
+
     /// Encodes a template. Instruction templates become one user turn of `chat`; the plain
     /// template is the document's start token and an opening think tag.
     ///
@@ -68,7 +132,7 @@ impl PromptTemplate {
         let before = format!("{}{}", chat.user_start, words.before);
         let after = format!("{}{}", words.after, chat.user_end_and_assistant_start);
         let mut header = tokenizer.encode_control(&before)?;
-        if let Some(bos) = special.bos.filter(|bos| header.first() != Some(bos)) {
+        if let Some(bos) = special.bos.filter(|bos| !chat.from_model && header.first() != Some(bos)) {
             header.insert(0, bos);
         }
         Ok(Self { header, footer: tokenizer.encode_control(&after)? })

@@ -8,13 +8,19 @@
 //!
 //! And it knows the bytes behind every id ([`Tokenizer::token_bytes`]), taken from the vocabulary
 //! itself. Rewards compare bytes, and re-encoding decoded text does not give the same tokens back.
+//!
+//! A [`ChatTemplate`] is how the model of a directory wants a conversation written.
 
 mod bytes;
+mod chat;
+mod chat_functions;
+mod chat_meter;
 mod literal;
 mod special;
 mod tokenizer;
 mod train;
 
+pub use chat::{ChatTemplate, Date, Message};
 pub use special::SpecialTokens;
 pub use tokenizer::Tokenizer;
 pub use train::{BOS, END, THINK, THINK_END, train_byte_level_bpe};
@@ -90,6 +96,22 @@ pub enum TokenizeError {
         /// What the tokenizer said.
         message: String,
     },
+    /// A chat template cannot be read, or refuses what it is given.
+    #[error("{path}: the chat template: {message}")]
+    Template {
+        /// The file that the template stands in.
+        path: PathBuf,
+        /// What the template or its engine said.
+        message: String,
+    },
+    /// A chat template takes more time or memory than any published one needs.
+    #[error("{path}: the chat template exceeds a limit: {limit}")]
+    TemplateLimit {
+        /// The file that the template stands in.
+        path: PathBuf,
+        /// The limit.
+        limit: String,
+    },
     /// A tokenizer of the requested size cannot be trained.
     #[error("cannot train a tokenizer with {vocab_size} ids: {reason}")]
     Train {
@@ -127,6 +149,9 @@ impl TokenizeError {
             Self::VocabularyMismatch { .. } => {
                 Some("model and tokenizer do not belong together: take both from one directory".into())
             }
+            Self::Template { .. } | Self::TemplateLimit { .. } => Some(
+                "check the chat template beside the tokenizer, or use `tasks.template = \"plain\"`".into(),
+            ),
             Self::Train { .. } => Some("raise `tokenizer.train.vocab_size`".into()),
             Self::Io { .. } | Self::Encode { .. } => None,
         }

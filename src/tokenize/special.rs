@@ -83,7 +83,7 @@ impl Beside {
 }
 
 /// A token is written as its text or as an object with the text in `content`.
-fn token_name(value: &Value) -> Option<&str> {
+pub(super) fn token_name(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value["content"].as_str())
 }
 
@@ -92,7 +92,7 @@ fn known(tokenizer: &Tokenizer, id: u64, place: &str) -> Result<u32, TokenizeErr
     found.ok_or_else(|| TokenizeError::UnknownToken { place: place.to_owned(), token: id.to_string() })
 }
 
-fn read_json(path: &Path) -> Result<Value, TokenizeError> {
+pub(super) fn read_json(path: &Path) -> Result<Value, TokenizeError> {
     match std::fs::read(path) {
         Ok(bytes) => serde_json::from_slice(&bytes)
             .map_err(|error| TokenizeError::Malformed { path: path.to_owned(), message: error.to_string() }),
