@@ -5,7 +5,7 @@ use super::output;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use rpt::config::{RolloutConfig, TemplateName};
 use rpt::rollout::{Engine, Prompt, Rollout, Sampling, StopRule};
-use rpt::tasks::{ChatFormat, PromptTemplate};
+use rpt::tasks::PromptTemplate;
 use rpt::tokenize::Tokenizer;
 use serde::Serialize;
 use std::fmt::Write;
@@ -96,7 +96,7 @@ impl Arguments {
         let Model { tokenizer, special, pipeline, .. } = model;
         let of_run = pipeline.as_ref().map(|pipeline| pipeline.tasks.template);
         let name = self.template.or(of_run).unwrap_or_default();
-        let template = PromptTemplate::new(name, tokenizer, special, &ChatFormat::of(tokenizer))?;
+        let template = PromptTemplate::resolve(name, tokenizer, special)?;
         let header = template.header.len();
         let trunk = [template.header, tokenizer.encode_document(text)?].concat();
         Ok(Prompt {

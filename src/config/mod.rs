@@ -245,8 +245,8 @@ pub struct PretrainConfig {
     /// Documents in one step.
     pub documents_per_step: usize,
     /// Longest piece of a document, in tokens.
-    #[serde(default = "default_pretrain_tokens")]
-    pub max_document_tokens: usize,
+    #[serde(default)]
+    pub max_document_tokens: Option<usize>,
     /// Optimiser.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
@@ -659,9 +659,6 @@ fn default_rope_theta() -> f64 {
 }
 fn default_embedding_std() -> f32 {
     0.02
-}
-fn default_pretrain_tokens() -> usize {
-    1024
 }
 fn default_eval_positions() -> usize {
     2000

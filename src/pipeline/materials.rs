@@ -158,6 +158,16 @@ pub(super) fn initial_decoder(pipeline: &Pipeline, vocabulary: &Vocabulary) -> R
     Ok(decoder)
 }
 
+/// Positions of the model, without loading it.
+///
+/// # Errors
+/// When its config.json cannot be read.
+pub(super) fn max_positions(pipeline: &Pipeline) -> Result<usize, Error> {
+    let scratch = pipeline.model.scratch.as_ref().map_or(0, |scratch| scratch.max_position_embeddings);
+    let Some(path) = &pipeline.model.path else { return Ok(scratch) };
+    Ok(DecoderConfig::load(path)?.max_positions)
+}
+
 /// Prompts with their replies, and pieces of pre-training documents, must fit the model's positions.
 /// `template_tokens` are those of header and footer.
 ///
@@ -171,7 +181,7 @@ pub(super) fn check_lengths(
     let limit = config.max_positions;
     let refuse =
         |message: String, hint: &str| Err(PipelineError::Missing { message, hint: hint.into() }.into());
-    let piece = pipeline.pretrain.as_ref().map_or(0, |pretrain| pretrain.max_document_tokens);
+    let piece = pipeline.pretrain.as_ref().and_then(|pretrain| pretrain.max_document_tokens).unwrap_or(0);
     if piece + 1 > limit {
         return refuse(
             format!(

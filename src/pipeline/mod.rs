@@ -29,7 +29,7 @@ use crate::eval::ModelProxy;
 use crate::model::Decoder;
 use crate::tasks::{Manifest, TaskBuilder, TaskShards, TasksError};
 use evaluate::Evaluator;
-use materials::initial_decoder;
+use materials::{initial_decoder, max_positions};
 use reinforce::{ReinforceState, reinforce};
 use stage::{Finished, StageState};
 use std::path::{Path, PathBuf};
@@ -133,7 +133,9 @@ fn pretrain(run: &Run) -> Result<(Decoder, Option<StageState<Cursor>>), Error> {
     let Some(config) = &run.pipeline.pretrain else { return Ok((initial()?, None)) };
     let stage = SupervisedStage { name: "pretrain", steps: config.steps, optimizer: &config.optimizer };
     let start = || Ok((initial()?, 0, Cursor::default()));
-    let finished = run_supervised(run, &stage, start, |cursor| CorpusExamples::open(run, config, cursor))?;
+    let positions = max_positions(&run.pipeline)?;
+    let examples = |cursor| CorpusExamples::open(run, config, positions, cursor);
+    let finished = run_supervised(run, &stage, start, examples)?;
     Ok((finished.decoder, Some(finished.state)))
 }
 
@@ -245,10 +247,12 @@ fn evaluate_all(run: &Run, trained: &Trained) -> Result<(), Error> {
         (controls.continued_ntp, &run.pipeline.pretrain, &trained.pretrain)
     {
         let steps = steps_for(trained.cold_start_flops() + trained.train_flops(), state);
+        let positions = trained.base.config().max_positions;
         let stage = SupervisedStage { name: "continued_ntp", steps, optimizer: &config.optimizer };
         let start = || Ok((trained.base.inference_copy(), metrics_bytes, state.source));
-        let finished =
-            run_supervised(run, &stage, start, |cursor| CorpusExamples::open(run, config, cursor))?;
+        let finished = run_supervised(run, &stage, start, |cursor| {
+            CorpusExamples::open(run, config, positions, cursor)
+        })?;
         evaluator.plain("continued_ntp", &finished.decoder)?;
         metrics_bytes = finished.state.metrics_bytes;
     }

@@ -93,6 +93,8 @@ pub(super) struct CorpusExamples<'run> {
     corpus: Corpus,
     documents: Documents,
     cursor: Cursor,
+    /// Longest piece of a document, without its start token.
+    piece_tokens: usize,
     waiting: VecDeque<Example>,
 }
 
@@ -101,10 +103,16 @@ impl<'run> CorpusExamples<'run> {
     ///
     /// # Errors
     /// When the corpus cannot be opened.
-    pub(super) fn open(run: &'run Run, config: &'run PretrainConfig, cursor: Cursor) -> Result<Self, Error> {
+    pub(super) fn open(
+        run: &'run Run,
+        config: &'run PretrainConfig,
+        positions: usize,
+        cursor: Cursor,
+    ) -> Result<Self, Error> {
         let corpus = Corpus::open(&run.sources.corpus)?;
         let documents = corpus.documents_from(cursor);
-        Ok(Self { run, config, corpus, documents, cursor, waiting: VecDeque::new() })
+        let piece_tokens = config.max_document_tokens.unwrap_or(positions.saturating_sub(1)).max(2);
+        Ok(Self { run, config, corpus, documents, cursor, piece_tokens, waiting: VecDeque::new() })
     }
 
     /// The pieces of the next document, each behind the start token.
@@ -122,7 +130,7 @@ impl<'run> CorpusExamples<'run> {
         let ids = vocabulary.tokenizer.encode_document(&document.text)?;
         let bos = vocabulary.special.bos;
         Ok(ids
-            .chunks(self.config.max_document_tokens.max(2))
+            .chunks(self.piece_tokens)
             .map(|piece| Example {
                 ids: bos.into_iter().chain(piece.iter().copied()).collect(),
                 first_target: 1,
