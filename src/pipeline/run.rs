@@ -166,33 +166,50 @@ pub(super) fn resolved_text(pipeline: &Pipeline) -> Result<String, Error> {
     Ok(toml::to_string(pipeline).map_err(malformed)?)
 }
 
-/// Digests of everything that a run reads from outside, by path: all are opened here, before
-/// anything is spent.
-fn digests(pipeline: &Pipeline, sources: &Sources) -> Result<BTreeMap<String, String>, Error> {
-    let traces = [&sources.traces, &sources.clean_traces].into_iter().flatten().map(|source| CorpusConfig {
+/// Digests of everything that a run reads, by role: all are opened here, before anything is spent.
+/// Each comes with its place, which may change when a run directory is moved.
+fn digests(
+    pipeline: &Pipeline,
+    sources: &Sources,
+) -> Result<BTreeMap<&'static str, (String, String)>, Error> {
+    let of_traces = |source: &String| CorpusConfig {
         source: source.clone(),
         text_column: "text".into(),
         id_column: None,
         ..pipeline.corpus.clone()
-    });
-    let traces = traces.filter(|_| pipeline.cold_start.is_some());
-    let texts = [&sources.corpus, &sources.tasks].into_iter().chain(&sources.held_out).cloned().chain(traces);
+    };
+    let cold_start = pipeline.cold_start.is_some();
+    let traces = sources.traces.as_ref().filter(|_| cold_start).map(of_traces);
+    let clean_traces = sources.clean_traces.as_ref().filter(|_| cold_start).map(of_traces);
+    let texts = [
+        ("corpus", Some(sources.corpus.clone())),
+        ("tasks", Some(sources.tasks.clone())),
+        ("held_out", sources.held_out.clone()),
+        ("traces", traces),
+        ("clean_traces", clean_traces),
+    ];
     let mut digests = BTreeMap::new();
-    for text in texts {
-        digests.insert(text.source.clone(), Corpus::open(&text)?.fingerprint()?);
+    for (role, text) in texts.into_iter().filter_map(|(role, text)| Some((role, text?))) {
+        let digest = Corpus::open(&text)?.fingerprint()?;
+        digests.insert(role, (digest, text.source));
     }
-    for model in pipeline.model.path.iter().chain(&pipeline.tasks.proxy) {
-        digests.insert(model.display().to_string(), crate::model::directory_digest(model)?);
+    for (role, model) in [("model", &pipeline.model.path), ("proxy", &pipeline.tasks.proxy)] {
+        if let Some(model) = model {
+            digests.insert(role, (crate::model::directory_digest(model)?, model.display().to_string()));
+        }
     }
     Ok(digests)
 }
 
 /// What a run reads must be what it began with: cursors, counts and weights belong to it.
-fn check_inputs(paths: &Paths, now: &BTreeMap<String, String>) -> Result<(), Error> {
+fn check_inputs(paths: &Paths, now: &BTreeMap<&'static str, (String, String)>) -> Result<(), Error> {
     let path = paths.0.join("inputs.json");
-    let Some(then) = read_json::<BTreeMap<String, String>>(&path)? else { return write_json(&path, now) };
-    match now.iter().find(|(name, digest)| then.get(*name) != Some(digest)) {
-        Some((name, _)) => Err(PipelineError::InputChanged { name: name.clone() }.into()),
+    let Some(then) = read_json::<BTreeMap<String, String>>(&path)? else {
+        let digests: BTreeMap<_, _> = now.iter().map(|(role, (digest, _))| (role, digest)).collect();
+        return write_json(&path, &digests);
+    };
+    match now.iter().find(|(role, (digest, _))| then.get(**role) != Some(digest)) {
+        Some((_, (_, place))) => Err(PipelineError::InputChanged { name: place.clone() }.into()),
         None => Ok(()),
     }
 }
