@@ -3,8 +3,9 @@
 
 use proptest::prelude::*;
 use rpt::Error;
-use rpt::config::{Selection, TasksConfig, TemplateName, TokenizerConfig};
+use rpt::config::{RewardConfig, Selection, TasksConfig, TemplateName, TokenizerConfig};
 use rpt::corpus::{Document, Mark};
+use rpt::reward::{self, Outcome, Verifier};
 use rpt::tasks::{
     ChatFormat, Fingerprints, Manifest, Position, PositionScore, PromptTemplate, Proxy, ShardWriter, Task,
     TaskBuilder, TaskCounts, TaskCursor, TaskDocument, TaskShards, TaskStream, TasksError, Truth,
@@ -107,7 +108,8 @@ fn positions_have_the_proxy_s_scores_and_lie_in_the_band() {
     let built = build(&settings(), &[document("a", TEXT), document("empty", ""), document("short", "The")]);
     let documents = built.documents();
     assert_eq!(documents.len(), 1);
-    let TaskDocument { id, tokens, byte_lengths, positions } = &documents[0];
+    let TaskDocument { id, tokens, byte_lengths, ends_document, positions } = &documents[0];
+    assert!(ends_document);
     assert_eq!((id.as_str(), positions.len()), ("a", 3));
     assert_eq!(tokenizer().decode_lossy(tokens), TEXT);
     assert_eq!(byte_lengths.iter().sum::<u32>() as usize, TEXT.len());
@@ -141,6 +143,7 @@ fn long_documents_are_cut_without_losing_a_token() {
     for (piece, start) in documents.iter().zip((0..).step_by(50)) {
         let end = all.len().min(start + 50 + 16);
         assert_eq!(piece.tokens, all[start..end]);
+        assert_eq!(piece.ends_document, end == all.len());
         assert_eq!(piece.positions.len(), all.len().min(start + 50) - start - 1);
     }
     for asked in proxy.asked.lock().unwrap().iter() {
@@ -242,6 +245,7 @@ fn sample(number: u32, positions: u32) -> TaskDocument {
         id: format!("document {number} é"),
         byte_lengths: tokens.iter().map(|token| token % 5).collect(),
         tokens,
+        ends_document: number % 2 == 0,
         positions: (0..positions).map(position).collect(),
     }
 }
@@ -406,8 +410,8 @@ fn damaged_manifests_are_refused() {
         read_damaged(built.directory.path()).unwrap_err()
     };
     assert!(matches!(
-        with("\"schema_version\": 1", "\"schema_version\": 2"),
-        TasksError::Version { found: 2, .. }
+        with("\"schema_version\": 2", "\"schema_version\": 1"),
+        TasksError::Version { found: 1, .. }
     ));
     for (from, to) in [
         ("tasks-00000.arrow", "../../etc/passwd"),
@@ -439,13 +443,45 @@ fn the_truth_is_the_text_from_the_position_on() {
     }
 }
 
+/// A prediction that runs past the known text of a cut piece may be right: it is not scored.
+/// Past the end of the document it is wrong.
+#[test]
+fn only_the_last_piece_of_a_document_ends_it() {
+    let long = [TEXT; 12].join(" ");
+    let cut = TasksConfig {
+        selection: Selection::All,
+        positions_per_document: usize::MAX,
+        max_document_tokens: 50,
+        ..settings()
+    };
+    let built = try_build(&cut, false, &Ramp::default(), &[document("long", &long)]).unwrap();
+    let documents = built.documents();
+    let outcome_past_the_end = |document: &TaskDocument| {
+        let position = document.positions.len() - 1;
+        let task = Task { ordinal: 0, epoch: 0, document: Arc::new(document.clone()), position };
+        let Truth { bytes, boundaries, ends_document } = Truth::of(&task, tokenizer());
+        let reply = [b"</think>\\boxed{".as_slice(), &bytes, b" and more}"].concat();
+        let truth = reward::Truth { bytes: &bytes, boundaries: &boundaries, ends_document };
+        Verifier::new(&RewardConfig::default()).score(&reply, true, &truth).outcome
+    };
+    let (last, first) = documents.split_last().unwrap();
+    assert!(!first.is_empty());
+    assert_eq!(outcome_past_the_end(last), Outcome::Wrong);
+    assert_eq!(outcome_past_the_end(&first[0]), Outcome::Unscorable);
+}
+
 #[test]
 fn the_truth_of_an_early_position_is_capped() {
     let tokens = tokenizer().encode_document(&[TEXT; 9].join(" ")).unwrap();
     let position = Position { index: 1, entropy: 1.0, truth_probability: 0.1, proxy_top: 0, label: None };
     let byte_lengths = tokens.iter().map(|&token| tokenizer().token_bytes(token).len() as u32).collect();
-    let document =
-        TaskDocument { id: "a".into(), tokens: tokens.clone(), byte_lengths, positions: vec![position] };
+    let document = TaskDocument {
+        id: "a".into(),
+        tokens: tokens.clone(),
+        byte_lengths,
+        ends_document: true,
+        positions: vec![position],
+    };
     let task = Task { ordinal: 0, epoch: 0, document: Arc::new(document), position: 0 };
     let truth = Truth::of(&task, tokenizer());
     assert_eq!((truth.boundaries.len(), truth.ends_document), (64, false));

@@ -78,7 +78,7 @@ enum Command {
     ///
     /// Knows parquet files (also directories and globs of them), generated corpora, task directories, model
     /// directories, run directories and checkpoints.
-    #[command(after_help = help("rpt inspect runs/quickstart/tasks"))]
+    #[command(after_help = help("rpt inspect runs/quickstart/tasks/train"))]
     Inspect(inspect::Arguments),
     /// Print the JSON schema of the pipeline file
     #[command(after_help = help("rpt schema > pipeline.schema.json"))]

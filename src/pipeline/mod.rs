@@ -5,6 +5,7 @@
 //! a training stage goes on from its newest checkpoint. Running the same command again is the
 //! whole recovery story.
 
+mod controls;
 mod directory;
 mod error;
 mod evaluate;
@@ -28,14 +29,14 @@ use crate::error::Error;
 use crate::eval::ModelProxy;
 use crate::model::Decoder;
 use crate::tasks::{Manifest, TaskBuilder, TaskShards, TasksError};
-use evaluate::Evaluator;
+use controls::evaluate_all;
 use materials::{initial_decoder, max_positions};
 use reinforce::{ReinforceState, reinforce};
 use stage::{Finished, StageState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use supervised::{CorpusExamples, SupervisedStage, TraceExamples, run_supervised, steps_for};
+use supervised::{CorpusExamples, SupervisedStage, TraceExamples, run_supervised};
 
 /// How far a run goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -200,95 +201,37 @@ fn build_tasks(run: &Run, split: &str, base: &Decoder) -> Result<(), Error> {
 
 fn cold_start(run: &Run, trained: &Trained) -> Result<Option<Finished<Cursor>>, Error> {
     let Some(config) = &run.pipeline.cold_start else { return Ok(None) };
-    let start = || Ok((trained.base.inference_copy(), trained.metrics_bytes(), Cursor::default()));
-    let traces = run.sources.traces.as_deref();
-    Ok(Some(learn_traces(
-        run,
-        "cold_start",
-        config,
-        config.steps,
-        traces,
-        trained.base.config().max_positions,
-        start,
-    )?))
+    let lesson = TraceLesson {
+        name: "cold_start",
+        steps: config.steps,
+        traces: run.sources.traces.as_deref(),
+        student: &trained.base,
+    };
+    Ok(Some(learn_traces(run, config, &lesson, trained.metrics_bytes())?))
 }
 
 /// A supervised stage on traces.
+struct TraceLesson<'a> {
+    name: &'static str,
+    steps: u64,
+    /// Parquet files with text, thoughts and predictions.
+    traces: Option<&'a str>,
+    /// The model that the stage starts from.
+    student: &'a Decoder,
+}
+
 fn learn_traces(
     run: &Run,
-    name: &'static str,
     config: &ColdStartConfig,
-    steps: u64,
-    traces: Option<&str>,
-    positions: usize,
-    start: impl FnOnce() -> Result<(Decoder, u64, Cursor), Error>,
+    lesson: &TraceLesson,
+    metrics_bytes: u64,
 ) -> Result<Finished<Cursor>, Error> {
-    let traces = traces.ok_or_else(|| PipelineError::Missing {
+    let traces = lesson.traces.ok_or_else(|| PipelineError::Missing {
         message: "the cold start has no traces".into(),
         hint: "set cold_start.source to parquet files with text, offset, thought and prediction".into(),
     })?;
-    let stage = SupervisedStage { name, steps, optimizer: &config.optimizer };
+    let stage = SupervisedStage { name: lesson.name, steps: lesson.steps, optimizer: &config.optimizer };
+    let start = || Ok((lesson.student.inference_copy(), metrics_bytes, Cursor::default()));
+    let positions = lesson.student.config().max_positions;
     run_supervised(run, &stage, start, |_| TraceExamples::open(run, config, traces, positions))
-}
-
-/// Evaluates every model of the table, training the controls on the way.
-fn evaluate_all(run: &Run, trained: &Trained) -> Result<(), Error> {
-    let mut metrics_bytes = trained.metrics_bytes();
-    let controls = &run.pipeline.controls;
-    let evaluator = Evaluator::open(run)?;
-    evaluator.plain("plain_ntp", &trained.base)?;
-    if trained.cold_start.is_some() || trained.train.is_some() {
-        evaluator.reasoned("reasoning_before", trained.start_of_train())?;
-    }
-    if let Some(train) = &trained.train {
-        evaluator.reasoned("reasoning_after", &train.decoder)?;
-    }
-    if let (true, Some(config), Some(state)) =
-        (controls.continued_ntp, &run.pipeline.pretrain, &trained.pretrain)
-    {
-        let steps = steps_for(trained.cold_start_flops() + trained.train_flops(), state);
-        let positions = trained.base.config().max_positions;
-        let stage = SupervisedStage { name: "continued_ntp", steps, optimizer: &config.optimizer };
-        let start = || Ok((trained.base.inference_copy(), metrics_bytes, state.source));
-        let finished = run_supervised(run, &stage, start, |cursor| {
-            CorpusExamples::open(run, config, positions, cursor)
-        })?;
-        evaluator.plain("continued_ntp", &finished.decoder)?;
-        metrics_bytes = finished.state.metrics_bytes;
-    }
-    let (Some(config), Some(cold_start)) = (&run.pipeline.cold_start, &trained.cold_start) else {
-        return Ok(());
-    };
-    if controls.more_cold_start && trained.train_flops() > 0 {
-        let steps = steps_for(trained.train_flops(), &cold_start.state);
-        let start = || Ok((cold_start.decoder.inference_copy(), metrics_bytes, Cursor::default()));
-        let traces = run.sources.traces.as_deref();
-        let finished = learn_traces(
-            run,
-            "more_cold_start",
-            config,
-            steps,
-            traces,
-            trained.base.config().max_positions,
-            start,
-        )?;
-        evaluator.reasoned("more_cold_start", &finished.decoder)?;
-        metrics_bytes = finished.state.metrics_bytes;
-    }
-    if controls.clean_traces {
-        let steps = steps_for(trained.cold_start_flops() + trained.train_flops(), &cold_start.state);
-        let start = || Ok((trained.base.inference_copy(), metrics_bytes, Cursor::default()));
-        let traces = run.sources.clean_traces.as_deref();
-        let finished = learn_traces(
-            run,
-            "clean_traces",
-            config,
-            steps,
-            traces,
-            trained.base.config().max_positions,
-            start,
-        )?;
-        evaluator.reasoned("clean_traces", &finished.decoder)?;
-    }
-    Ok(())
 }

@@ -47,6 +47,8 @@ struct Piece {
     tokens: Vec<u32>,
     /// Number of tokens without it.
     own: usize,
+    /// The tokens run to the end of the document.
+    ends_document: bool,
     /// Labels by token index.
     marks: BTreeMap<u32, String>,
 }
@@ -118,6 +120,7 @@ impl TaskBuilder<'_> {
                 id: if tokens.len() > length { format!("{id}#{}", number + 1) } else { id.to_owned() },
                 tokens: tokens[start..end].to_vec(),
                 own: own.len(),
+                ends_document: end == tokens.len(),
                 marks: marks.into_iter().map(|(index, label)| (index - start as u32, label)).collect(),
             });
             marks = later;
@@ -228,7 +231,8 @@ impl TaskBuilder<'_> {
             return None;
         }
         let byte_lengths = self.byte_lengths(&piece.tokens);
-        Some(TaskDocument { id: piece.id, tokens: piece.tokens, byte_lengths, positions })
+        let Piece { id, tokens, ends_document, .. } = piece;
+        Some(TaskDocument { id, tokens, byte_lengths, ends_document, positions })
     }
 }
 

@@ -2,14 +2,14 @@
 
 use super::{Fingerprints, Position, SCHEMA_VERSION, TaskDocument};
 use arrow::array::{
-    Array, ArrayRef, AsArray, Float32Builder, ListArray, ListBuilder, RecordBatch, StringArray,
+    Array, ArrayRef, AsArray, BooleanArray, Float32Builder, ListArray, ListBuilder, RecordBatch, StringArray,
     StringBuilder, UInt32Builder,
 };
 use arrow::datatypes::{ArrowPrimitiveType, DataType, Field, Float32Type, Schema, UInt32Type};
 use arrow::error::ArrowError;
 use std::sync::Arc;
 
-/// The columns, with the type of their items where they hold lists.
+/// The columns that hold lists, with the type of their items.
 const LISTS: [(&str, DataType); 7] = [
     ("tokens", DataType::UInt32),
     ("byte_lengths", DataType::UInt32),
@@ -23,8 +23,9 @@ const LISTS: [(&str, DataType); 7] = [
 /// The schema of a shard; its metadata say what the tasks were built with.
 pub(super) fn schema(fingerprints: &Fingerprints) -> Schema {
     let list = |(name, item)| Field::new_list(name, Field::new_list_field(item, true), false);
-    let id = Field::new("id", DataType::Utf8, false);
-    let fields: Vec<Field> = std::iter::once(id).chain(LISTS.map(list)).collect();
+    let scalars =
+        [Field::new("id", DataType::Utf8, false), Field::new("ends_document", DataType::Boolean, false)];
+    let fields: Vec<Field> = scalars.into_iter().chain(LISTS.map(list)).collect();
     Schema::new(fields).with_metadata([
         ("rpt.schema_version".to_owned(), SCHEMA_VERSION.to_string()),
         ("rpt.tokenizer".to_owned(), fingerprints.tokenizer.clone()),
@@ -35,10 +36,12 @@ pub(super) fn schema(fingerprints: &Fingerprints) -> Schema {
 /// Documents as one record batch.
 pub(super) fn encode(schema: &Arc<Schema>, documents: &[TaskDocument]) -> Result<RecordBatch, ArrowError> {
     let ids: StringArray = documents.iter().map(|document| Some(document.id.as_str())).collect();
+    let ends: BooleanArray = documents.iter().map(|document| Some(document.ends_document)).collect();
     let numbers = |of: fn(&TaskDocument) -> Vec<u32>| number_lists(documents, of);
     let reals = |of: fn(&Position) -> f32| real_lists(documents, of);
     let columns: Vec<ArrayRef> = vec![
         Arc::new(ids),
+        Arc::new(ends),
         numbers(|document| document.tokens.clone()),
         numbers(|document| document.byte_lengths.clone()),
         numbers(|document| document.positions.iter().map(|position| position.index).collect()),
@@ -86,12 +89,13 @@ fn label_lists(documents: &[TaskDocument]) -> ArrayRef {
 /// Says what is wrong with a row that no builder would have written.
 pub(super) fn decode(batch: &RecordBatch, row: usize) -> Result<TaskDocument, String> {
     let id = strings(batch.column(0).as_ref())?.value(row).to_owned();
+    let ends_document = batch.column(1).as_boolean_opt().ok_or("a column is not a truth value")?.value(row);
     let list = |column: usize| list_at(batch.column(column).as_ref(), row);
-    let indices = primitives::<UInt32Type>(&list(3)?)?;
-    let entropies = primitives::<Float32Type>(&list(4)?)?;
-    let probabilities = primitives::<Float32Type>(&list(5)?)?;
-    let tops = primitives::<UInt32Type>(&list(6)?)?;
-    let labels = list(7)?;
+    let indices = primitives::<UInt32Type>(&list(4)?)?;
+    let entropies = primitives::<Float32Type>(&list(5)?)?;
+    let probabilities = primitives::<Float32Type>(&list(6)?)?;
+    let tops = primitives::<UInt32Type>(&list(7)?)?;
+    let labels = list(8)?;
     let labels = strings(labels.as_ref())?;
     let count = indices.len();
     if [entropies.len(), probabilities.len(), tops.len(), labels.len()] != [count; 4] {
@@ -105,8 +109,9 @@ pub(super) fn decode(batch: &RecordBatch, row: usize) -> Result<TaskDocument, St
         label: labels.is_valid(place).then(|| labels.value(place).to_owned()),
     };
     let document = TaskDocument {
-        tokens: primitives::<UInt32Type>(&list(1)?)?,
-        byte_lengths: primitives::<UInt32Type>(&list(2)?)?,
+        tokens: primitives::<UInt32Type>(&list(2)?)?,
+        byte_lengths: primitives::<UInt32Type>(&list(3)?)?,
+        ends_document,
         positions: (0..count).map(position).collect(),
         id,
     };
@@ -115,7 +120,7 @@ pub(super) fn decode(batch: &RecordBatch, row: usize) -> Result<TaskDocument, St
 }
 
 fn check(document: &TaskDocument) -> Result<(), String> {
-    let TaskDocument { id, tokens, byte_lengths, positions } = document;
+    let TaskDocument { id, tokens, byte_lengths, positions, .. } = document;
     let last = positions.last().ok_or_else(|| format!("row `{id}` has no position"))?;
     if tokens.len() != byte_lengths.len() {
         Err(format!("row `{id}` has {} tokens, but {} byte lengths", tokens.len(), byte_lengths.len()))

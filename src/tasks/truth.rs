@@ -14,7 +14,7 @@ pub struct Truth {
     /// Number of bytes up to the end of the 1st, 2nd, ... token: `L_gt` of the RPT paper's
     /// equation 3. Ascending; tokens without bytes add none.
     pub boundaries: Vec<u32>,
-    /// No token after `bytes` is known: the document, or its piece with the look-ahead, ends.
+    /// `bytes` run to the end of the document, so that no text follows them.
     pub ends_document: bool,
 }
 
@@ -32,6 +32,6 @@ impl Truth {
                 boundaries.push(bytes.len() as u32);
             }
         }
-        Self { bytes, boundaries, ends_document: end == tokens.len() }
+        Self { bytes, boundaries, ends_document: task.document.ends_document && end == tokens.len() }
     }
 }

@@ -39,8 +39,8 @@ pub fn policy_batches(
     let weights = token_weights(&lengths, mean, max_new_tokens);
     let families: Vec<&[ScoredGroup]> =
         groups.chunk_by(|a, b| Arc::ptr_eq(&a.prompt.trunk, &b.prompt.trunk)).collect();
-    let trunk_tokens: usize = families.iter().map(|family| trunk_length(family)).sum();
-    let ntp_weight = ntp_weight / trunk_tokens.max(1) as f32;
+    let trunk_targets: usize = families.iter().map(|family| trunk_targets(family)).sum();
+    let ntp_weight = ntp_weight / trunk_targets.max(1) as f32;
     let sizes: Vec<usize> = families
         .iter()
         .map(|family| trunk_length(family) + family.iter().map(ScoredGroup::tokens).sum::<usize>())
@@ -62,6 +62,15 @@ fn trunk_length(family: &[ScoredGroup]) -> usize {
     family.iter().map(|group| group.prompt.length).max().unwrap_or(0)
 }
 
+/// Trunk tokens that carry a next-token loss: those of the document that something precedes.
+fn trunk_targets(family: &[ScoredGroup]) -> usize {
+    trunk_length(family).saturating_sub(first_trunk_target(family))
+}
+
+fn first_trunk_target(family: &[ScoredGroup]) -> usize {
+    family.first().map_or(1, |group| group.prompt.header.max(1))
+}
+
 fn add_family(
     batch: &mut MicroBatch,
     family: &[ScoredGroup],
@@ -72,9 +81,9 @@ fn add_family(
     let trunk = &family[0].prompt.trunk;
     let ends = add_trunk(&mut batch.forest, trunk, lengths);
     if ntp_weight > 0.0 {
-        let header = family[0].prompt.header;
+        let first = first_trunk_target(family);
         for segment in ends.values() {
-            add_trunk_targets(batch, *segment, header, ntp_weight);
+            add_trunk_targets(batch, *segment, first, ntp_weight);
         }
     }
     for group in family {
@@ -87,10 +96,10 @@ fn add_family(
     }
 }
 
-fn add_trunk_targets(batch: &mut MicroBatch, segment: usize, header: usize, weight: f32) {
+fn add_trunk_targets(batch: &mut MicroBatch, segment: usize, first: usize, weight: f32) {
     let place = batch.forest.segments()[segment].clone();
     for at in 0..place.length {
-        if place.position + at >= header.max(1) {
+        if place.position + at >= first {
             let token = batch.forest.ids()[place.row + at];
             batch.targets.push(Target { segment, at, token, component: Component::Likelihood { weight } });
         }
@@ -110,5 +119,57 @@ fn add_rollout(batch: &mut MicroBatch, parent: usize, rollout: &Rollout, advanta
             engine_logprob: rollout.logprobs[at],
         };
         batch.targets.push(Target { segment, at, token: *token, component });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rollout::Finish;
+
+    fn prompt(trunk: &Arc<[u32]>, length: usize, header: usize) -> Prompt {
+        Prompt { ordinal: 0, trunk: Arc::clone(trunk), length, header, footer: [7, 8].into() }
+    }
+
+    fn rollout() -> Rollout {
+        Rollout {
+            ordinal: 0,
+            sample: 0,
+            tokens: vec![1, 2],
+            logprobs: vec![-1.0; 2],
+            policy_logprobs: vec![-1.0; 2],
+            sampling_logprobs: vec![-1.0; 2],
+            finish: Finish::Eos,
+            policy_version: 0,
+        }
+    }
+
+    /// The next-token loss is a mean over the document tokens of all trunks, whatever the header.
+    #[test]
+    fn next_token_weights_add_up_to_the_setting() {
+        let rollouts = [rollout()];
+        for header in [0, 1, 5] {
+            let trunks: [Arc<[u32]>; 2] = [(0..30).collect(), (10..22).collect()];
+            let prompts = [
+                prompt(&trunks[0], 9, header),
+                prompt(&trunks[0], 28, header),
+                prompt(&trunks[1], 11, header),
+            ];
+            let groups: Vec<ScoredGroup> = prompts
+                .iter()
+                .map(|prompt| ScoredGroup { prompt, rollouts: &rollouts, advantages: vec![1.0] })
+                .collect();
+            let batches = policy_batches(&groups, LossMean::Token, 4, 0.5, 1000);
+            let weights: Vec<f32> = batches
+                .iter()
+                .flat_map(|batch| &batch.targets)
+                .filter_map(|target| match target.component {
+                    Component::Likelihood { weight } => Some(weight),
+                    Component::Policy { .. } => None,
+                })
+                .collect();
+            assert_eq!(weights.len(), 28 + 11 - 2 * header.max(1));
+            assert!((weights.iter().sum::<f32>() - 0.5).abs() < 1e-6, "header {header}");
+        }
     }
 }

@@ -3,6 +3,7 @@
 mod generated;
 mod model;
 mod parquet;
+mod rollouts;
 mod run;
 mod tasks;
 
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Parquet file, directory or glob; generated corpus; task, model, run or checkpoint directory
+    /// Parquet file, directory or glob; generated corpus; task, model, run, rollout or checkpoint directory
     path: PathBuf,
     /// Column that holds the text of parquet files
     #[arg(long, value_name = "NAME", default_value = "text")]
@@ -25,7 +26,7 @@ pub(super) struct Arguments {
     /// Documents or tasks to show
     #[arg(long, value_name = "N", default_value_t = 3)]
     samples: usize,
-    /// tokenizer.json that spells tasks out [default: one near the tasks that built them]
+    /// tokenizer.json that spells tasks out [default: the one that they were built with, near them or named by their run]
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
     /// Print JSON
@@ -40,6 +41,7 @@ enum Kind {
     Run,
     Generated,
     Model,
+    Rollouts,
     Parquet,
 }
 
@@ -54,8 +56,18 @@ impl Kind {
             ("config.json", Self::Model),
         ];
         let found = telling.into_iter().find(|(file, _)| path.join(file).is_file());
-        found.map_or(Self::Parquet, |(_, kind)| kind)
+        match found {
+            Some((_, kind)) => kind,
+            None if is_rollout_log(path) => Self::Rollouts,
+            None => Self::Parquet,
+        }
     }
+}
+
+fn is_rollout_log(directory: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(directory) else { return false };
+    let names = entries.flatten().map(|entry| entry.file_name());
+    names.into_iter().any(|name| name.to_string_lossy().starts_with("rollouts-"))
 }
 
 impl Arguments {
@@ -67,6 +79,7 @@ impl Arguments {
             Kind::Run => run::inspect(&self.path)?,
             Kind::Generated => generated::inspect(&self.path, self.samples)?,
             Kind::Model => model::inspect(&self.path)?,
+            Kind::Rollouts => rollouts::inspect(&self.path, self.samples)?,
             Kind::Parquet => self.parquet()?,
         };
         match kind {

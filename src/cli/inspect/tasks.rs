@@ -2,6 +2,7 @@
 
 use super::super::output;
 use anyhow::Context;
+use rpt::pipeline::RunDirectory;
 use rpt::tasks::{EntropyHistogram, Manifest, TaskDocument, TaskShards};
 use rpt::tokenize::Tokenizer;
 use serde_json::{Value, json};
@@ -34,15 +35,23 @@ pub(super) fn inspect(directory: &Path, samples: usize, tokenizer: Option<&Path>
     }))
 }
 
-/// The tokenizer that was named, or the one near the tasks that they were built with.
+/// The tokenizer that was named, or the one that the tasks were built with: near them, or named by
+/// the pipeline of their run.
 fn find_tokenizer(
     directory: &Path,
     named: Option<&Path>,
     fingerprint: &str,
 ) -> anyhow::Result<Option<Tokenizer>> {
     let near = || directory.ancestors().take(3).flat_map(places).find(|path| is_that(path, fingerprint));
-    let Some(path) = named.map(Path::to_path_buf).or_else(near) else { return Ok(None) };
+    let Some(path) = named.map(Path::to_path_buf).or_else(near) else {
+        return Ok(tokenizer_of_run(directory).filter(|tokenizer| tokenizer.fingerprint() == fingerprint));
+    };
     Ok(Some(Tokenizer::load(&path).map_err(rpt::Error::from)?))
+}
+
+fn tokenizer_of_run(tasks: &Path) -> Option<Tokenizer> {
+    let run = tasks.ancestors().take(3).find(|directory| directory.join("pipeline.toml").is_file())?;
+    Some(RunDirectory::open(run).ok()?.tokenizer().ok()?.0)
 }
 
 fn places(directory: &Path) -> [PathBuf; 3] {
