@@ -245,7 +245,7 @@ fn sample(number: u32, positions: u32) -> TaskDocument {
         id: format!("document {number} é"),
         byte_lengths: tokens.iter().map(|token| token % 5).collect(),
         tokens,
-        ends_document: number % 2 == 0,
+        ends_document: number.is_multiple_of(2),
         positions: (0..positions).map(position).collect(),
     }
 }
