@@ -3,7 +3,9 @@
 //! Prints one line per shape with the best of several runs; `RAYON_NUM_THREADS` sets the threads.
 #![allow(clippy::print_stdout, missing_docs)]
 
-use rpt::kernels::matmul::{Left, Packed, matmul};
+use rpt::kernels::dtype::Dtype;
+use rpt::kernels::matmul::{Left, matmul};
+use rpt::kernels::packed::Packed;
 use rpt::kernels::simd::isa;
 use std::hint::black_box;
 use std::time::Instant;
@@ -37,8 +39,7 @@ fn products() {
     ];
     for (rows, columns, inner) in shapes {
         let (left, weight) = (vec![0.5; rows * inner], vec![0.25; columns * inner]);
-        let mut packed = Packed::default();
-        packed.pack_transposed(&weight, columns, inner);
+        let packed = Packed::of_weight(Dtype::F32, &weight, columns, inner);
         let mut out = vec![0.0; rows * columns];
         let seconds = best(|| matmul(Left::rows(&left, inner), rows, black_box(&packed), &mut out, false));
         let rate = 2e-9 * (rows * columns * inner) as f64 / seconds;

@@ -13,7 +13,7 @@ use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use rpt::config::{ScratchModel, TokenizerConfig};
-use rpt::model::Decoder;
+use rpt::model::{Decoder, Dtype};
 use rpt::tokenize::{SpecialTokens, train_byte_level_bpe};
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
@@ -108,8 +108,8 @@ fn write_mismatched_model(directory: &Path) {
     .unwrap();
     let tokenizer = train_byte_level_bpe(texts(50).into_iter(), 280).unwrap();
     let special = SpecialTokens::resolve(&tokenizer, &TokenizerConfig::default()).unwrap();
-    let decoder = Decoder::from_scratch(&shape, tokenizer.vocab_size() - 10, 1);
-    decoder.save(directory, special.eos, special.bos).unwrap();
+    let decoder = Decoder::from_scratch(&shape, Dtype::F32, tokenizer.vocab_size() - 10, 1);
+    decoder.save(directory, &[special.eos], special.bos).unwrap();
     tokenizer.save(directory, &special).unwrap();
 }
 

@@ -151,7 +151,7 @@ fn instructions_stand_in_the_model_s_own_turn() {
     std::fs::write(directory.path().join("chat_template.jinja"), source).unwrap();
     let tokenizer = Tokenizer::load(&copy).unwrap();
     let id = |name: &str| tokenizer.encode_control(name).unwrap()[0];
-    let special = SpecialTokens { eos: id("<|im_end|>"), bos: Some(id("a")) };
+    let special = SpecialTokens { eos: id("<|im_end|>"), other_ends: vec![], bos: Some(id("a")) };
     let v6 = PromptTemplate::resolve(TemplateName::V6, &tokenizer, &special).unwrap();
     assert_eq!(v6.header[0], id("<|im_start|>"), "the template says whether a start token comes first");
     assert!(tokenizer.decode_lossy(&v6.header).starts_with("<|im_start|>own Complete the text"));

@@ -46,7 +46,7 @@ fn numbers(value: &Value) -> Vec<f64> {
 fn write_model(directory: &Path) {
     let tokenizer = train_byte_level_bpe(texts(50).into_iter(), 300).unwrap();
     let special = SpecialTokens::resolve(&tokenizer, &TokenizerConfig::default()).unwrap();
-    common::model(0, tokenizer.vocab_size()).save(directory, special.eos, special.bos).unwrap();
+    common::model(0, tokenizer.vocab_size()).save(directory, &[special.eos], special.bos).unwrap();
     tokenizer.save(directory, &special).unwrap();
 }
 

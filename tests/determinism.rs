@@ -72,7 +72,7 @@ fn prompts(seed: u64) -> Vec<Prompt> {
 }
 
 fn engine<'a>(decoder: &'a Decoder, tokenizer: &'a Tokenizer, sampling: Sampling) -> Engine<'a> {
-    let stop = StopRule { eos: &[3, 650], strings: &[], tokenizer, max_new_tokens: 12 };
+    let stop = StopRule { eos: vec![3, 650], strings: &[], tokenizer, max_new_tokens: 12 };
     Engine { decoder, sampling, stop, seed: 5, policy_version: 0 }
 }
 
@@ -223,7 +223,7 @@ fn replies(
     strings: &[String],
     n: usize,
 ) -> Vec<Rollout> {
-    let stop = StopRule { eos, strings, tokenizer, max_new_tokens: n };
+    let stop = StopRule { eos: eos.to_vec(), strings, tokenizer, max_new_tokens: n };
     // Ids below 300 are the tokenizer's, so that replies are text.
     let engine = Engine { decoder, sampling: WARM, stop, seed: 9, policy_version: 0 };
     engine.generate(&prompts_of_text(), 1).unwrap().groups.into_iter().flatten().collect()

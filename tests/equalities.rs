@@ -6,7 +6,7 @@ mod common;
 
 use common::{model, random_forest};
 use rpt::kernels::head::TargetGradient;
-use rpt::model::{Decoder, Extension, Forest, Tape, Workspace};
+use rpt::model::{Decoder, Dtype, Extension, Forest, Tape, Workspace};
 
 const VOCAB: u32 = 90;
 
@@ -83,7 +83,7 @@ fn decoding_token_by_token_equals_prefill() {
 
 #[test]
 fn siblings_decoded_together_equal_prefill() {
-    for kind in 0..3 {
+    for kind in 0..5 {
         let decoder = model(kind, VOCAB as usize);
         let mut forest = Forest::default();
         let trunk = forest.add(None, &(0..37).collect::<Vec<u32>>());
@@ -152,12 +152,18 @@ fn loss(decoder: &Decoder, forest: &Forest) -> f64 {
 }
 
 fn gradient(decoder: &Decoder, forest: &Forest) -> Vec<f32> {
+    gradient_of(decoder, forest, false)
+}
+
+fn gradient_of(decoder: &Decoder, forest: &Forest, recompute: bool) -> Vec<f32> {
     let (rows, targets) = targets(forest);
-    let (mut cache, mut workspace, mut tape) = (decoder.new_cache(), Workspace::default(), Tape::default());
+    let (mut cache, mut workspace) = (decoder.new_cache(), Workspace::default());
+    let mut tape = Tape::default();
+    tape.recompute = recompute;
     let extensions = forest.enter(&mut cache);
     decoder.forward(forest.ids(), &extensions, &mut cache, &mut workspace, Some(&mut tape)).unwrap();
     let mut gradients = vec![0.0; decoder.parameters().len()];
-    decoder.backward(&tape, &cache, &rows, &targets, &mut gradients, &mut workspace);
+    decoder.backward(&tape, &mut cache, &rows, &targets, &mut gradients, &mut workspace);
     gradients
 }
 
@@ -165,7 +171,6 @@ fn gradient(decoder: &Decoder, forest: &Forest) -> Vec<f32> {
 fn gradients_match_finite_differences() {
     for kind in 0..3 {
         let mut decoder = model(kind, VOCAB as usize);
-        decoder.make_trainable();
         let forest = random_forest(300 + kind as u64, u64::from(VOCAB));
         let gradients = gradient(&decoder, &forest);
         for parameter in decoder.layout().parameters().to_vec() {
@@ -177,18 +182,18 @@ fn gradients_match_finite_differences() {
             }
             let step = 3e-3;
             let shift = |decoder: &mut Decoder, by: f64| {
-                decoder.update(|values| {
-                    for (value, g) in values[span.clone()].iter_mut().zip(&gradients[span.clone()]) {
-                        *value += (by * f64::from(*g) / norm) as f32;
-                    }
-                });
+                let mut values = decoder.parameters();
+                for (value, g) in values[span.clone()].iter_mut().zip(&gradients[span.clone()]) {
+                    *value += (by * f64::from(*g) / norm) as f32;
+                }
+                decoder.set_parameters(&values);
             };
-            let original = decoder.parameters()[span.clone()].to_vec();
+            let original = decoder.parameters();
             shift(&mut decoder, step);
             let plus = loss(&decoder, &forest);
             shift(&mut decoder, -2.0 * step);
             let minus = loss(&decoder, &forest);
-            decoder.update(|values| values[span.clone()].copy_from_slice(&original));
+            decoder.set_parameters(&original);
             let numeric = (plus - minus) / (2.0 * step);
             assert!((numeric / norm - 1.0).abs() < 0.02, "{kind} {}: {numeric} {norm}", parameter.name);
         }
@@ -197,9 +202,8 @@ fn gradients_match_finite_differences() {
 
 #[test]
 fn shared_prefixes_give_the_gradients_of_unshared_ones() {
-    for kind in 0..3 {
-        let mut decoder = model(kind, VOCAB as usize);
-        decoder.make_trainable();
+    for kind in 0..5 {
+        let decoder = model(kind, VOCAB as usize);
         let forest = random_forest(400 + kind as u64, u64::from(VOCAB));
         let shared = gradient(&decoder, &forest);
         // Every target from its own path, alone.
@@ -222,7 +226,7 @@ fn shared_prefixes_give_the_gradients_of_unshared_ones() {
                     .unwrap();
                 let mut part = vec![0.0; shared.len()];
                 let row = [alone.ids().len() - 1];
-                decoder.backward(&tape, &cache, &row, &all[next..=next], &mut part, &mut workspace);
+                decoder.backward(&tape, &mut cache, &row, &all[next..=next], &mut part, &mut workspace);
                 unshared.iter_mut().zip(&part).for_each(|(sum, part)| *sum += f64::from(*part));
                 next += 1;
             }
@@ -237,12 +241,34 @@ fn shared_prefixes_give_the_gradients_of_unshared_ones() {
 
 #[test]
 fn gradients_have_the_same_bits_for_any_number_of_threads() {
-    let mut decoder = model(1, VOCAB as usize);
-    decoder.make_trainable();
+    let decoder = model(1, VOCAB as usize);
     let forest = random_forest(500, u64::from(VOCAB));
     let in_pool = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| gradient(&decoder, &forest))
     };
     assert_eq!(in_pool(1), in_pool(3));
+}
+
+#[test]
+fn layers_computed_again_give_the_same_bits() {
+    for kind in 0..5 {
+        let decoder = model(kind, VOCAB as usize);
+        let forest = random_forest(600 + kind as u64, u64::from(VOCAB));
+        assert_eq!(gradient_of(&decoder, &forest, true), gradient_of(&decoder, &forest, false));
+    }
+}
+
+/// What the formats stand for: a bf16 or f16 model is the single-precision model of its own weights.
+#[test]
+fn stored_formats_change_the_weights_and_nothing_else() {
+    for kind in [3, 4] {
+        let stored = model(kind, VOCAB as usize);
+        let parameters = stored.parameters();
+        let widened = Decoder::new(stored.config().clone(), Dtype::F32, &parameters);
+        assert_eq!(widened.parameters(), parameters);
+        let forest = random_forest(700 + kind as u64, u64::from(VOCAB));
+        assert_eq!(gradient(&stored, &forest), gradient(&widened, &forest));
+        assert_eq!(loss(&stored, &forest).to_bits(), loss(&widened, &forest).to_bits());
+    }
 }

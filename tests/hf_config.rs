@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use rpt::kernels::head::TargetGradient;
-use rpt::model::{Decoder, DecoderConfig, Extension, Forest, Layout, ModelError, Tape, Workspace};
+use rpt::model::{Decoder, DecoderConfig, Dtype, Extension, Forest, Layout, ModelError, Tape, Workspace};
 use rpt::random::Stream;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -30,8 +30,9 @@ fn read(config: &Value) -> Result<DecoderConfig, ModelError> {
 fn random(config: &Value) -> Decoder {
     let config = read(config).unwrap();
     let stream = Stream::new(3, "parameters");
-    let values = (0..Layout::new(&config).len()).map(|at| 0.2 * stream.normal(at as u64) as f32).collect();
-    Decoder::new(config, values)
+    let values: Vec<f32> =
+        (0..Layout::new(&config).len()).map(|at| 0.2 * stream.normal(at as u64) as f32).collect();
+    Decoder::new(config, Dtype::F32, &values)
 }
 
 #[test]
@@ -54,7 +55,7 @@ fn what_was_read_is_written() {
     let cases = golden["cases"].as_array().unwrap().iter().map(|case| &case["config"]);
     for fields in cases.chain([&biased]) {
         let config = read(&with(fields)).unwrap();
-        let mut written = config.to_json(7, None);
+        let mut written = config.to_json(Dtype::F32, &[7], None);
         assert_eq!(read(&written).unwrap(), config, "{written}");
         // Either spelling alone says it too.
         for key in ["rope_scaling", "rope_theta"] {
@@ -242,7 +243,6 @@ fn dynamic_rotary_is_refused_past_the_original_positions() {
 #[test]
 fn gradients_pass_through_biases_and_scaled_rotations() {
     let mut decoder = random(&yarn_with_biases());
-    decoder.make_trainable();
     let ids = ids(20);
     let targets: Vec<u32> = ids.iter().skip(1).copied().chain([1]).collect();
     let objective = |decoder: &Decoder| {
@@ -257,10 +257,9 @@ fn gradients_pass_through_biases_and_scaled_rotations() {
         let squared: f64 = own.iter().map(|g| f64::from(*g).powi(2)).sum();
         let step = (2e-3 / squared.sqrt()) as f32;
         let mut moved = |by: f32| {
-            let change = |values: &mut [f32]| {
-                values[parameter.range.clone()].iter_mut().zip(own).for_each(|(value, g)| *value += by * g);
-            };
-            decoder.update(change);
+            let mut values = decoder.parameters();
+            values[parameter.range.clone()].iter_mut().zip(own).for_each(|(value, g)| *value += by * g);
+            decoder.set_parameters(&values);
             objective(&decoder)
         };
         let (up, down) = (moved(step), moved(-2.0 * step));
@@ -282,6 +281,6 @@ fn gradients(decoder: &Decoder, ids: &[u32], targets: &[u32]) -> Vec<f32> {
         .map(|target| TargetGradient { target: *target, coefficient: 1.0, inverse_temperature: 1.0 })
         .collect();
     let mut gradients = vec![0.0; decoder.parameters().len()];
-    decoder.backward(&tape, &cache, &rows, &targets, &mut gradients, &mut workspace);
+    decoder.backward(&tape, &mut cache, &rows, &targets, &mut gradients, &mut workspace);
     gradients
 }

@@ -7,7 +7,7 @@ mod command;
 mod run;
 
 use command::{refuses, rpt, stderr, stdout};
-use rpt::model::Decoder;
+use rpt::model::{Decoder, Dtype};
 use rpt::random::Stream;
 use run::{
     STAGES, TINY, Workplace, assert_same_result, checkpoints, flip, json, metrics, newest, rollouts,
@@ -328,11 +328,38 @@ fn an_exported_model_is_the_newest_checkpoint() {
     let (whole, exported) = (place.path("whole"), place.path("exported"));
     succeeded(&rpt([Path::new("export"), &whole, Path::new("--out"), &exported]));
     let decoder = Decoder::load(&exported).unwrap();
+    let parameters = decoder.parameters();
     let bytes = fs::read(weights(&newest(&whole, "train"))).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     for parameter in decoder.layout().parameters() {
         let ours: Vec<u8> =
-            decoder.parameters()[parameter.range.clone()].iter().flat_map(|x| x.to_le_bytes()).collect();
+            parameters[parameter.range.clone()].iter().flat_map(|x| x.to_le_bytes()).collect();
         assert!(tensors.tensor(&parameter.name).unwrap().data() == ours, "{}", parameter.name);
     }
+}
+
+#[test]
+fn an_export_says_what_it_is() {
+    let (place, _) = place();
+    let (whole, out) = (place.path("whole"), place.path("half"));
+    let last = newest(&whole, "train");
+    let step = last.file_name().unwrap().to_str().unwrap().trim_start_matches("step-").to_owned();
+    let arguments = ["--step", &step, "--dtype", "bf16", "--shard-bytes", "30000"].map(Path::new);
+    let command = [Path::new("export"), &whole, Path::new("--out"), &out].into_iter().chain(arguments);
+    succeeded(&rpt(command));
+    assert!(out.join("model.safetensors.index.json").exists());
+    let decoder = Decoder::load(&out).unwrap();
+    assert_eq!(decoder.dtype(), Dtype::Bf16);
+    let card = fs::read_to_string(out.join("README.md")).unwrap();
+    for part in
+        ["library_name: transformers", "stage `train`", "## Evaluation", "reasoning, after RPT", "[train]"]
+    {
+        assert!(card.contains(part), "{part}: {card}");
+    }
+    let absent = ["--step", "999999"].map(Path::new);
+    let nowhere = place.path("nowhere");
+    let command = [Path::new("export"), &whole, Path::new("--out"), &nowhere].into_iter().chain(absent);
+    let refused = rpt(command);
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains(step.trim_start_matches('0')));
 }

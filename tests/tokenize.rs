@@ -224,7 +224,7 @@ fn too_small_a_vocabulary_is_refused() {
 fn a_saved_tokenizer_loads_as_itself() {
     let directory = tempfile::tempdir().unwrap();
     let special = SpecialTokens::resolve(trained(), &TokenizerConfig::default()).unwrap();
-    assert_eq!(special, SpecialTokens { eos: 3, bos: Some(0) });
+    assert_eq!(special, SpecialTokens { eos: 3, other_ends: vec![], bos: Some(0) });
     trained().save(directory.path(), &special).unwrap();
     let loaded = Tokenizer::load(&directory.path().join("tokenizer.json")).unwrap();
     assert_eq!(loaded.fingerprint(), trained().fingerprint());
@@ -239,14 +239,14 @@ fn a_saved_tokenizer_loads_as_itself() {
 fn special_tokens_come_from_the_pipeline_then_the_model() {
     for tokenizer in GOLDEN.iter().filter_map(|name| shared(name)) {
         let default = SpecialTokens::resolve(&tokenizer, &TokenizerConfig::default()).unwrap();
-        assert_eq!(default, SpecialTokens { eos: 509, bos: None });
+        assert_eq!(default, SpecialTokens { eos: 509, other_ends: vec![], bos: None });
         let config = TokenizerConfig {
             eos: Some("<|endoftext|>".into()),
             bos: Some("<|im_start|>".into()),
             ..TokenizerConfig::default()
         };
         let chosen = SpecialTokens::resolve(&tokenizer, &config).unwrap();
-        assert_eq!(chosen, SpecialTokens { eos: 507, bos: Some(508) });
+        assert_eq!(chosen, SpecialTokens { eos: 507, other_ends: vec![], bos: Some(508) });
         let config = TokenizerConfig { eos: Some("<nope>".into()), ..TokenizerConfig::default() };
         let error = SpecialTokens::resolve(&tokenizer, &config).unwrap_err();
         assert!(error.to_string().contains("<nope>") && error.hint().is_some());
@@ -256,18 +256,22 @@ fn special_tokens_come_from_the_pipeline_then_the_model() {
 #[test]
 fn files_beside_the_tokenizer_name_the_end_token() {
     let directory = tempfile::tempdir().unwrap();
-    let special = SpecialTokens { eos: 3, bos: None };
+    let special = SpecialTokens { eos: 3, other_ends: vec![], bos: None };
     trained().save(directory.path(), &special).unwrap();
     let tokenizer = Tokenizer::load(&directory.path().join("tokenizer.json")).unwrap();
     let resolve = || SpecialTokens::resolve(&tokenizer, &TokenizerConfig::default());
     let write = |name: &str, text: &str| std::fs::write(directory.path().join(name), text).unwrap();
     write("tokenizer_config.json", "{}");
     write("generation_config.json", r#"{"eos_token_id": [2, 1]}"#);
-    assert_eq!(resolve().unwrap().eos, 2);
+    assert_eq!(resolve().unwrap().ends(), [2, 1]);
     write("config.json", r#"{"eos_token_id": 1}"#);
-    assert_eq!(resolve().unwrap().eos, 1);
+    assert_eq!(resolve().unwrap().ends(), [1, 2]);
     write("tokenizer_config.json", r#"{"eos_token": {"content": "<|bos|>"}}"#);
-    assert_eq!(resolve().unwrap().eos, 0);
+    assert_eq!(resolve().unwrap().ends(), [0, 2, 1]);
+    let named = TokenizerConfig { eos: Some("<|bos|>".into()), ..TokenizerConfig::default() };
+    assert_eq!(SpecialTokens::resolve(&tokenizer, &named).unwrap().ends(), [0]);
+    write("generation_config.json", r#"{"eos_token_id": [2, -1]}"#);
+    assert!(matches!(resolve(), Err(TokenizeError::UnknownToken { .. })));
     write("tokenizer_config.json", "{");
     assert!(matches!(resolve(), Err(TokenizeError::Malformed { .. })));
     write("tokenizer_config.json", "{}");

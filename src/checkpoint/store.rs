@@ -111,6 +111,35 @@ impl CheckpointStore {
         Self::as_it_is(Arc::new(Disk), root, usize::MAX).newest(identity)
     }
 
+    /// One checkpoint by its step, for a reader beside the writer; `None` where there is none.
+    ///
+    /// # Errors
+    /// When it is damaged or belongs to another pipeline.
+    pub fn peek_step(root: &Path, identity: &str, step: u64) -> Result<Option<Checkpoint>, CheckpointError> {
+        let path = root.join(step_name(step));
+        if !path.exists() {
+            return Ok(None);
+        }
+        match verify_checkpoint(root, step) {
+            Err(reason) => {
+                let skipped = vec![Skipped { step, path, reason }];
+                Err(CheckpointError::NoneIntact { root: root.to_owned(), skipped })
+            }
+            Ok(Manifest { identity: found, .. }) if found != identity => {
+                Err(CheckpointError::Foreign { path, found, wanted: identity.to_owned() })
+            }
+            Ok(manifest) => Ok(Some(Checkpoint::new(path, manifest))),
+        }
+    }
+
+    /// Steps that have a checkpoint, intact or not, in their order.
+    ///
+    /// # Errors
+    /// When the directory cannot be listed.
+    pub fn steps(root: &Path) -> Result<Vec<u64>, CheckpointError> {
+        list_steps(root)
+    }
+
     fn as_it_is(storage: Arc<dyn Storage>, root: &Path, keep: usize) -> Self {
         Self {
             root: root.to_owned(),

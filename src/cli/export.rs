@@ -1,9 +1,11 @@
 //! `rpt export`: a trained model as a Hugging Face directory.
 
 use super::failure::Usage;
+use super::input::dtype;
 use super::output;
 use anyhow::Context;
-use rpt::pipeline::RunDirectory;
+use rpt::model::{Dtype, SHARD_BYTES};
+use rpt::pipeline::{ExportOptions, RunDirectory};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -17,6 +19,15 @@ pub(super) struct Arguments {
     /// Stage whose newest checkpoint is exported [default: the last one]
     #[arg(long, value_name = "NAME")]
     stage: Option<String>,
+    /// Step of the checkpoint [default: the newest]
+    #[arg(long, value_name = "N")]
+    step: Option<u64>,
+    /// Number format of the tensors: f32, bf16 or f16 [default: the model's own]
+    #[arg(long, value_name = "FORMAT", value_parser = dtype)]
+    dtype: Option<Dtype>,
+    /// Bytes of tensors in one file; more are split into shards with an index
+    #[arg(long, value_name = "N", default_value_t = SHARD_BYTES)]
+    shard_bytes: u64,
 }
 
 impl Arguments {
@@ -24,7 +35,13 @@ impl Arguments {
         let partial = partial_path(&self.out)?;
         refuse_occupied(&self.out)?;
         let run = RunDirectory::open(&self.run)?;
-        write_model(&run, self.stage.as_deref(), &partial)?;
+        let options = ExportOptions {
+            stage: self.stage.clone(),
+            step: self.step,
+            dtype: self.dtype,
+            shard_bytes: self.shard_bytes,
+        };
+        run.export(&partial, &options)?;
         fs::rename(&partial, &self.out).with_context(|| format!("cannot write {}", self.out.display()))?;
         output::line(&self.out.display().to_string())
     }
@@ -51,13 +68,6 @@ fn refuse_occupied(out: &Path) -> anyhow::Result<()> {
         let hint = "name a directory that does not exist, or empty this one";
         return Err(Usage::new(format!("{place} exists and is not an empty directory"), hint).into());
     }
-    Ok(())
-}
-
-fn write_model(run: &RunDirectory, stage: Option<&str>, directory: &Path) -> rpt::Result<()> {
-    let (tokenizer, special) = run.tokenizer()?;
-    run.decoder(stage)?.save(directory, special.eos, special.bos)?;
-    tokenizer.save(directory, &special)?;
     Ok(())
 }
 

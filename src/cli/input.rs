@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use rpt::config::{Pipeline, TokenizerConfig};
-use rpt::model::Decoder;
+use rpt::model::{Decoder, Dtype};
 use rpt::pipeline::RunDirectory;
 use rpt::tokenize::{SpecialTokens, Tokenizer};
 use std::io::Read;
@@ -62,7 +62,7 @@ impl ModelArguments {
         let model = match (&self.run, &self.model) {
             (Some(run), _) => Model::of_run(&RunDirectory::open(run)?, stage)?,
             // The command line has exactly one of the two.
-            (None, directory) => Model::of_directory(directory.as_deref().unwrap_or(Path::new(".")))?,
+            (None, directory) => Model::of_directory(directory.as_deref().unwrap_or(Path::new(".")), None)?,
         };
         model.tokenizer.check_vocabulary(model.decoder.config().vocab_size)?;
         Ok(model)
@@ -76,10 +76,15 @@ impl Model {
         Ok(Self { decoder: run.decoder(stage)?, tokenizer, special, pipeline })
     }
 
-    pub(super) fn of_directory(directory: &Path) -> rpt::Result<Self> {
-        let decoder = Decoder::load(directory)?;
+    pub(super) fn of_directory(directory: &Path, dtype: Option<Dtype>) -> rpt::Result<Self> {
+        let decoder = Decoder::load_as(directory, dtype)?;
         let tokenizer = Tokenizer::load(&directory.join("tokenizer.json"))?;
         let special = SpecialTokens::resolve(&tokenizer, &TokenizerConfig::default())?;
         Ok(Self { decoder, tokenizer, special, pipeline: None })
     }
+}
+
+/// A number format by its name.
+pub(super) fn dtype(name: &str) -> Result<Dtype, String> {
+    serde_json::from_value(name.into()).map_err(|_| "f32, bf16 and f16 are the formats".to_owned())
 }

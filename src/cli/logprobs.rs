@@ -1,9 +1,9 @@
 //! `rpt logprobs`: what a model says about a sequence.
 
 use super::failure::Usage;
-use super::input::{Model, read_text};
+use super::input::{Model, dtype, read_text};
 use super::output;
-use rpt::model::{Decoder, Forest, ModelError, Workspace};
+use rpt::model::{Decoder, Dtype, Forest, ModelError, Workspace};
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -18,6 +18,9 @@ pub(super) struct Arguments {
     model: PathBuf,
     #[command(flatten)]
     sequence: Sequence,
+    /// Number format of the weights: f32, bf16 or f16 [default: that of the files]
+    #[arg(long, value_name = "FORMAT", value_parser = dtype)]
+    dtype: Option<Dtype>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -59,10 +62,11 @@ impl Arguments {
     fn load(&self) -> anyhow::Result<(Decoder, Vec<u32>)> {
         let Sequence { ids, text, text_file } = &self.sequence;
         if text.is_none() && text_file.is_none() {
-            return Ok((Decoder::load(&self.model).map_err(rpt::Error::from)?, ids.clone()));
+            let decoder = Decoder::load_as(&self.model, self.dtype).map_err(rpt::Error::from)?;
+            return Ok((decoder, ids.clone()));
         }
         let text = read_text(text.as_deref(), text_file.as_deref())?;
-        let Model { decoder, tokenizer, special, .. } = Model::of_directory(&self.model)?;
+        let Model { decoder, tokenizer, special, .. } = Model::of_directory(&self.model, self.dtype)?;
         let document = tokenizer.encode_document(&text).map_err(rpt::Error::from)?;
         Ok((decoder, special.bos.into_iter().chain(document).collect()))
     }

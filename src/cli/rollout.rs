@@ -115,7 +115,7 @@ impl Arguments {
         let engine = Engine {
             decoder,
             sampling: Sampling { temperature, top_k, top_p, min_p },
-            stop: StopRule { eos: &[special.eos], strings: &settings.stop, tokenizer, max_new_tokens },
+            stop: StopRule { eos: special.ends(), strings: &settings.stop, tokenizer, max_new_tokens },
             seed: self.seed,
             policy_version: 0,
         };

@@ -9,6 +9,7 @@ mod validate;
 
 pub use load::{ConfigError, Loaded, load, parse};
 
+use crate::kernels::dtype::Dtype;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -115,6 +116,10 @@ pub struct ModelConfig {
     /// The shape of a model that starts from random weights.
     #[serde(default)]
     pub scratch: Option<ScratchModel>,
+    /// Number format of the weights; default: that of the model's files, or `f32` from scratch. Sums
+    /// run in `f32`, and training keeps parameters in `f32` that the weights are rounded from.
+    #[serde(default)]
+    pub dtype: Option<Dtype>,
 }
 
 /// `[model.scratch]`: a Qwen2-like decoder from random weights.
@@ -626,6 +631,9 @@ pub struct RunConfig {
     pub logged_rollouts: f32,
     /// Tokens that one micro-batch of a training step may hold.
     pub tokens_per_micro_batch: usize,
+    /// Bytes of activations that a step may keep; a micro-batch that needs more computes its layers
+    /// again in the backward pass, with the same result.
+    pub activation_bytes: u64,
     /// Stop when thinking collapses (otherwise it is reported only).
     pub stop_on_collapse: bool,
 }
@@ -637,6 +645,7 @@ impl Default for RunConfig {
             keep_checkpoints: 2,
             logged_rollouts: 1.0,
             tokens_per_micro_batch: 4096,
+            activation_bytes: 2 << 30,
             stop_on_collapse: false,
         }
     }

@@ -5,39 +5,47 @@
 //! lanes. The engine, which holds a row of logits to sample from, runs the same blocks, so a
 //! sampled token's log-probability has the bits that training computes for it.
 
+use super::dtype::Dtype;
 use super::elementary::{exp, exp_sums, max};
-use super::matmul::{Left, Packed, matmul};
+use super::matmul::{Left, matmul, matmul_transposed};
+use super::packed::Packed;
 use super::parallel::for_each_row;
 use super::simd::multiversion;
 
 /// Vocabulary entries reduced together.
 pub const BLOCK: usize = 512;
 
-/// The output matrix `[vocabulary, hidden]` cut into blocks of [`BLOCK`] entries and packed.
+/// An embedding or output matrix `[vocabulary, hidden]`, cut into blocks of [`BLOCK`] entries and packed.
 #[derive(Clone, Debug, Default)]
 pub struct PackedHead {
-    /// Each block's transpose, for logits.
-    forward: Vec<Packed>,
-    /// Each block itself, for the gradient of the hidden states.
-    backward: Vec<Packed>,
+    blocks: Vec<Packed>,
     hidden: usize,
     vocabulary: usize,
 }
 
 impl PackedHead {
-    /// Packs a row-major `weight [vocabulary, hidden]`.
-    pub fn pack(&mut self, weight: &[f32], vocabulary: usize, hidden: usize, with_backward: bool) {
-        (self.hidden, self.vocabulary) = (hidden, vocabulary);
-        let blocks = vocabulary.div_ceil(BLOCK);
-        self.forward.resize_with(blocks, Packed::default);
-        self.backward.resize_with(if with_backward { blocks } else { 0 }, Packed::default);
-        for (at, rows) in weight.chunks(BLOCK * hidden).enumerate() {
-            let entries = rows.len() / hidden;
-            self.forward[at].pack_transposed(rows, entries, hidden);
-            if with_backward {
-                self.backward[at].pack(rows, entries, hidden, hidden);
-            }
+    /// A matrix of zeros.
+    pub fn zeros(dtype: Dtype, vocabulary: usize, hidden: usize) -> Self {
+        let block = |first: usize| Packed::zeros(dtype, hidden, BLOCK.min(vocabulary - first));
+        let blocks = (0..vocabulary).step_by(BLOCK).map(block).collect();
+        Self { blocks, hidden, vocabulary }
+    }
+
+    /// Replaces the entries from `first` on; `rows [count, hidden]` is row-major.
+    pub fn set_rows(&mut self, first: usize, rows: &[f32]) {
+        let (mut first, mut rows) = (first, rows);
+        while !rows.is_empty() {
+            let (block, at) = (first / BLOCK, first % BLOCK);
+            let count = (rows.len() / self.hidden).min(BLOCK - at);
+            let (these, rest) = rows.split_at(count * self.hidden);
+            self.blocks[block].set_columns(at, these);
+            (first, rows) = (first + count, rest);
         }
+    }
+
+    /// Copies one entry's row, widened, to `out [hidden]`.
+    pub fn row(&self, entry: usize, out: &mut [f32]) {
+        self.blocks[entry / BLOCK].column(entry % BLOCK, out);
     }
 
     /// Entries of the vocabulary.
@@ -49,7 +57,7 @@ impl PackedHead {
     /// where the caller bounds the number of rows.
     pub fn logits(&self, hidden: &[f32], rows: usize, out: &mut [f32]) {
         let mut block_out = Vec::new();
-        for (at, block) in self.forward.iter().enumerate() {
+        for (at, block) in self.blocks.iter().enumerate() {
             let width = block.columns();
             block_out.resize(rows * width, 0.0);
             matmul(Left::rows(hidden, self.hidden), rows, block, &mut block_out, false);
@@ -131,7 +139,7 @@ pub fn score(
     let rows = targets.len();
     let mut states = vec![RowState::new(inverse_temperature); rows];
     let mut logits = Vec::new();
-    for (at, block) in head.forward.iter().enumerate() {
+    for (at, block) in head.blocks.iter().enumerate() {
         let width = block.columns();
         logits.resize(rows * width, 0.0);
         matmul(Left::rows(hidden, head.hidden), rows, block, &mut logits, false);
@@ -198,7 +206,7 @@ pub fn backward(
     let mut packed_hidden = Packed::default();
     packed_hidden.pack(hidden, rows, head.hidden, head.hidden);
     let mut logits = Vec::new();
-    for (at, block) in head.forward.iter().enumerate() {
+    for (at, block) in head.blocks.iter().enumerate() {
         let width = block.columns();
         logits.resize(rows * width, 0.0);
         matmul(Left::rows(hidden, head.hidden), rows, block, &mut logits, false);
@@ -210,7 +218,7 @@ pub fn backward(
                 *logit += factor;
             }
         });
-        matmul(Left::rows(&logits, width), rows, &head.backward[at], grad_hidden, true);
+        matmul_transposed(&logits, rows, block, grad_hidden, true);
         let grad_block = &mut grad_weight[at * BLOCK * head.hidden..][..width * head.hidden];
         matmul(Left::transposed(&logits, width), width, &packed_hidden, grad_block, true);
     }
@@ -222,7 +230,7 @@ fn normalizers(head: &PackedHead, hidden: &[f32], targets: &[TargetGradient]) ->
     let mut states: Vec<Normalizer> =
         targets.iter().map(|target| Normalizer::new(target.inverse_temperature)).collect();
     let mut logits = Vec::new();
-    for block in &head.forward {
+    for block in &head.blocks {
         let width = block.columns();
         logits.resize(rows * width, 0.0);
         matmul(Left::rows(hidden, head.hidden), rows, block, &mut logits, false);
@@ -249,8 +257,8 @@ mod tests {
         let wave = |i: usize, s: f32| (i as f32 * s).sin();
         let weight: Vec<f32> = (0..vocabulary * hidden).map(|i| wave(i, 0.37)).collect();
         let states: Vec<f32> = (0..rows * hidden).map(|i| wave(i, 1.7)).collect();
-        let mut head = PackedHead::default();
-        head.pack(&weight, vocabulary, hidden, true);
+        let mut head = PackedHead::zeros(Dtype::F32, vocabulary, hidden);
+        head.set_rows(0, &weight);
         (head, weight, states)
     }
 

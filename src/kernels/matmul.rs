@@ -4,9 +4,11 @@
 //! one chain of fused multiply-adds in order of the inner index, so neither the number of rows,
 //! nor the tile shape, nor the number of threads, nor the instruction set changes a bit.
 
+use super::LANES;
+use super::dtype::Element;
+use super::packed::{Packed, for_values, transpose_panel};
 use super::parallel::{Disjoint, for_each_item};
 use super::simd::{Isa, Lanes, isa};
-use super::{LANES, pad};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -18,62 +20,8 @@ const ROWS_PER_TASK: usize = 96;
 const INNER_PER_BLOCK: usize = 256;
 /// Panels that one task of a parallel product works on.
 const PANELS_PER_TASK: usize = 16;
-
-/// A matrix `[inner, columns]` packed into panels of sixteen columns.
-#[derive(Clone, Debug, Default)]
-pub struct Packed {
-    values: Vec<f32>,
-    inner: usize,
-    columns: usize,
-}
-
-impl Packed {
-    /// Inner dimension: the length of every chain.
-    pub fn inner(&self) -> usize {
-        self.inner
-    }
-
-    /// Output columns.
-    pub fn columns(&self) -> usize {
-        self.columns
-    }
-
-    fn reshape(&mut self, inner: usize, columns: usize) {
-        self.inner = inner;
-        self.columns = columns;
-        self.values.clear();
-        self.values.resize(pad(columns) * inner, 0.0);
-    }
-
-    /// Packs the transpose of a row-major `weight [columns, inner]`: the layout of a linear layer,
-    /// for its forward product.
-    pub fn pack_transposed(&mut self, weight: &[f32], columns: usize, inner: usize) {
-        assert_eq!(weight.len(), columns * inner, "weight shape");
-        self.reshape(inner, columns);
-        let tasks = self.values.chunks_mut(LANES * inner.max(1)).enumerate();
-        for (panel, values) in tasks {
-            for lane in 0..LANES.min(columns - panel * LANES) {
-                let row = &weight[(panel * LANES + lane) * inner..][..inner];
-                for (k, value) in row.iter().enumerate() {
-                    values[k * LANES + lane] = *value;
-                }
-            }
-        }
-    }
-
-    /// Packs a row-major `matrix [inner, columns]` whose rows start `stride` elements apart.
-    pub fn pack(&mut self, matrix: &[f32], inner: usize, columns: usize, stride: usize) {
-        assert!(inner == 0 || matrix.len() >= (inner - 1) * stride + columns, "matrix shape");
-        self.reshape(inner, columns);
-        for (panel, values) in self.values.chunks_mut(LANES * inner.max(1)).enumerate() {
-            let first = panel * LANES;
-            let width = LANES.min(columns - first);
-            for k in 0..inner {
-                values[k * LANES..][..width].copy_from_slice(&matrix[k * stride + first..][..width]);
-            }
-        }
-    }
-}
+/// Panels that one task of a transposed product unpacks at a time.
+const PANELS_PER_TRANSPOSE: usize = 8;
 
 /// The left-hand matrix: element (row, k) lies at `row * row_stride + k * inner_stride`.
 #[derive(Clone, Copy)]
@@ -108,25 +56,65 @@ impl<'a> Left<'a> {
 /// `out` is row-major with rows of `right.columns()` elements. With `accumulate` the chains go on
 /// from the values in `out`.
 pub fn matmul(left: Left, rows: usize, right: &Packed, out: &mut [f32], accumulate: bool) {
-    let (inner, columns) = (right.inner, right.columns);
+    let (inner, columns) = (right.inner(), right.columns());
     left.check(rows, inner);
     assert_eq!(out.len(), rows * columns, "output shape");
-    let panels = columns.div_ceil(LANES);
-    let row_tasks = rows.div_ceil(ROWS_PER_TASK);
-    let panel_tasks = panels.div_ceil(PANELS_PER_TASK);
+    let panel_tasks = columns.div_ceil(LANES).div_ceil(PANELS_PER_TASK);
     let shared = Disjoint::new(out);
     let parallel = rows * columns * inner > SERIAL_PRODUCTS;
-    for_each_item(row_tasks * panel_tasks, parallel, |task| {
-        let first_row = task / panel_tasks * ROWS_PER_TASK;
-        let last_row = rows.min(first_row + ROWS_PER_TASK);
-        let first_panel = task % panel_tasks * PANELS_PER_TASK;
-        let last_panel = panels.min(first_panel + PANELS_PER_TASK);
-        block(left, first_row..last_row, right, first_panel..last_panel, &shared, accumulate);
+    for_values!(&right.values, values => {
+        let right = Panels { values, steps: inner, first: 0, columns };
+        for_each_item(rows.div_ceil(ROWS_PER_TASK) * panel_tasks, parallel, |task| {
+            let first = task % panel_tasks * PANELS_PER_TASK;
+            let panels = first..columns.div_ceil(LANES).min(first + PANELS_PER_TASK);
+            block(left, row_block(task / panel_tasks, rows), &right, panels, &shared, accumulate);
+        });
     });
+}
+
+/// `out [rows, inner] = left [rows, columns] x right`, transposed, or `+=` when `accumulate`: for the
+/// gradient of a linear layer's input. Chains run over the columns in their order.
+pub fn matmul_transposed(left: &[f32], rows: usize, right: &Packed, out: &mut [f32], accumulate: bool) {
+    let (inner, columns) = (right.inner(), right.columns());
+    assert!(left.len() == rows * columns && out.len() == rows * inner, "product shape");
+    let left = Left::rows(left, columns);
+    let panels = inner.div_ceil(LANES);
+    let shared = Disjoint::new(out);
+    let parallel = rows * columns * inner > SERIAL_PRODUCTS;
+    for_each_item(panels.div_ceil(PANELS_PER_TRANSPOSE), parallel, |task| {
+        let first = task * PANELS_PER_TRANSPOSE;
+        let group = first..panels.min(first + PANELS_PER_TRANSPOSE);
+        TRANSPOSED.with_borrow_mut(|scratch| {
+            scratch.resize(group.len() * columns * LANES, 0.0);
+            for (panel, out) in group.clone().zip(scratch.chunks_exact_mut((columns * LANES).max(1))) {
+                for_values!(&right.values, values => transpose_panel(values, inner, columns, panel * LANES, out));
+            }
+            let right = Panels { values: scratch, steps: columns, first, columns: inner };
+            for task in 0..rows.div_ceil(ROWS_PER_TASK) {
+                block(left, row_block(task, rows), &right, group.clone(), &shared, accumulate);
+            }
+        });
+    });
+}
+
+fn row_block(number: usize, rows: usize) -> Range<usize> {
+    number * ROWS_PER_TASK..rows.min((number + 1) * ROWS_PER_TASK)
+}
+
+/// Panels of a right-hand matrix, from number `first` on.
+#[derive(Clone, Copy)]
+struct Panels<'a, T> {
+    values: &'a [T],
+    /// Inner steps that each panel holds.
+    steps: usize,
+    first: usize,
+    /// Output columns of the whole matrix.
+    columns: usize,
 }
 
 thread_local! {
     static LEFT: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static TRANSPOSED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// One task of a product: some rows times some panels.
@@ -134,21 +122,21 @@ thread_local! {
 /// A left matrix that is read across its rows (the transpose in a weight gradient) is first
 /// copied, a block of the inner dimension at a time; the chains go on through `out` from block to
 /// block, which changes no bit.
-fn block(
+fn block<T: Element>(
     left: Left,
     rows: Range<usize>,
-    right: &Packed,
+    right: &Panels<T>,
     panels: Range<usize>,
     out: &Disjoint,
     accumulate: bool,
 ) {
     if left.inner_stride == 1 {
-        let part = Part { left, rows, right, inner: 0..right.inner, accumulate };
+        let part = Part { left, rows, right, inner: 0..right.steps, accumulate };
         return part.sweep(panels, out);
     }
     LEFT.with_borrow_mut(|copy| {
-        for first in (0..right.inner).step_by(INNER_PER_BLOCK) {
-            let inner = first..right.inner.min(first + INNER_PER_BLOCK);
+        for first in (0..right.steps).step_by(INNER_PER_BLOCK) {
+            let inner = first..right.steps.min(first + INNER_PER_BLOCK);
             copy_block(left, &rows, &inner, copy);
             let left = Left { values: copy, row_stride: 1, inner_stride: rows.len() };
             let accumulate = accumulate || first > 0;
@@ -171,16 +159,16 @@ fn copy_block(left: Left, rows: &Range<usize>, inner: &Range<usize>, copy: &mut 
 }
 
 /// Some rows of a product over some steps of the inner dimension.
-struct Part<'a> {
+struct Part<'a, T> {
     /// The left matrix; where it is a copied block, its rows start at `rows.start`.
     left: Left<'a>,
     rows: Range<usize>,
-    right: &'a Packed,
+    right: &'a Panels<'a, T>,
     inner: Range<usize>,
     accumulate: bool,
 }
 
-impl Part<'_> {
+impl<T: Element> Part<'_, T> {
     fn sweep(&self, panels: Range<usize>, out: &Disjoint) {
         let columns = self.right.columns;
         let mut panel = panels.start;
@@ -202,13 +190,14 @@ impl Part<'_> {
         }
     }
 
-    fn operands(&self, panel: usize, count: usize) -> Operands<'_> {
-        let size = LANES * self.right.inner;
+    fn operands(&self, panel: usize, count: usize) -> Operands<'_, T> {
+        let size = LANES * self.right.steps;
         let skipped = if self.left.inner_stride == 1 { self.rows.start * self.left.row_stride } else { 0 };
+        let at = panel - self.right.first;
         Operands {
             left: Left { values: &self.left.values[skipped.min(self.left.values.len())..], ..self.left },
             inner: self.inner.len(),
-            right: &self.right.values[panel * size + self.inner.start * LANES..(panel + count) * size],
+            right: &self.right.values[at * size + self.inner.start * LANES..(at + count) * size],
             right_stride: LANES,
             panel_stride: size,
         }
@@ -234,20 +223,20 @@ impl Part<'_> {
 
 /// A product of `left` rows with one or more panels of sixteen columns.
 #[derive(Clone, Copy)]
-pub(crate) struct Operands<'a> {
+pub(crate) struct Operands<'a, T = f32> {
     /// Left-hand rows.
     pub(crate) left: Left<'a>,
     /// Length of every chain.
     pub(crate) inner: usize,
     /// The panels: element (k, lane) of panel p at `p * panel_stride + k * right_stride + lane`.
-    pub(crate) right: &'a [f32],
+    pub(crate) right: &'a [T],
     /// Distance between steps of the inner dimension.
     pub(crate) right_stride: usize,
     /// Distance between panels.
     pub(crate) panel_stride: usize,
 }
 
-impl Operands<'_> {
+impl<T> Operands<'_, T> {
     fn check(&self, rows: usize, panels: usize) {
         self.left.check(rows, self.inner);
         if self.inner > 0 && panels > 0 {
@@ -258,8 +247,8 @@ impl Operands<'_> {
 }
 
 /// `out[row * out_stride + panel * 16 + lane]` for `rows` rows and `panels` panels.
-pub(crate) fn tiles(
-    operands: &Operands,
+pub(crate) fn tiles<T: Element>(
+    operands: &Operands<T>,
     rows: usize,
     panels: usize,
     out: &mut [f32],
@@ -279,8 +268,8 @@ pub(crate) fn tiles(
 ///
 /// # Safety
 /// The operands were checked, and the rows x panels elements at `out` are the caller's alone.
-unsafe fn tiles_at(
-    operands: &Operands,
+unsafe fn tiles_at<T: Element>(
+    operands: &Operands<T>,
     rows: usize,
     panels: usize,
     out: *mut f32,
@@ -300,9 +289,9 @@ unsafe fn tiles_at(
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
-unsafe fn tiles_avx512(
-    operands: &Operands,
+#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,f16c,fma")]
+unsafe fn tiles_avx512<T: Element>(
+    operands: &Operands<T>,
     rows: usize,
     panels: usize,
     out: *mut f32,
@@ -310,13 +299,13 @@ unsafe fn tiles_avx512(
     accumulate: bool,
 ) {
     // SAFETY: bounds checked by `tiles`.
-    unsafe { sweep::<super::simd::x86::Wide, 12>(operands, rows, panels, out, stride, accumulate) }
+    unsafe { sweep::<super::simd::x86::Wide, T, 12>(operands, rows, panels, out, stride, accumulate) }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn tiles_avx2(
-    operands: &Operands,
+#[target_feature(enable = "avx2,f16c,fma")]
+unsafe fn tiles_avx2<T: Element>(
+    operands: &Operands<T>,
     rows: usize,
     panels: usize,
     out: *mut f32,
@@ -324,11 +313,11 @@ unsafe fn tiles_avx2(
     accumulate: bool,
 ) {
     // SAFETY: bounds checked by `tiles`.
-    unsafe { sweep::<super::simd::x86::Pair, 6>(operands, rows, panels, out, stride, accumulate) }
+    unsafe { sweep::<super::simd::x86::Pair, T, 6>(operands, rows, panels, out, stride, accumulate) }
 }
 
-unsafe fn tiles_portable(
-    operands: &Operands,
+unsafe fn tiles_portable<T: Element>(
+    operands: &Operands<T>,
     rows: usize,
     panels: usize,
     out: *mut f32,
@@ -336,13 +325,13 @@ unsafe fn tiles_portable(
     accumulate: bool,
 ) {
     // SAFETY: bounds checked by `tiles`.
-    unsafe { sweep::<[f32; 16], 4>(operands, rows, panels, out, stride, accumulate) }
+    unsafe { sweep::<[f32; 16], T, 4>(operands, rows, panels, out, stride, accumulate) }
 }
 
 /// Covers rows and panels with register tiles of at most `ROWS` rows and two panels.
 #[inline(always)]
-unsafe fn sweep<V: Lanes, const ROWS: usize>(
-    operands: &Operands,
+unsafe fn sweep<V: Lanes, T: Element, const ROWS: usize>(
+    operands: &Operands<T>,
     rows: usize,
     panels: usize,
     out: *mut f32,
@@ -360,16 +349,16 @@ unsafe fn sweep<V: Lanes, const ROWS: usize>(
             // SAFETY: the tile lies inside the bounds that `tiles` checked.
             unsafe {
                 row += match (height, count) {
-                    (12.., 2) if wide => tile::<V, 12, 2>(operands, row, panel, out, stride, accumulate),
-                    (8.., 2) => tile::<V, 8, 2>(operands, row, panel, out, stride, accumulate),
-                    (4.., 2) => tile::<V, 4, 2>(operands, row, panel, out, stride, accumulate),
-                    (2.., 2) => tile::<V, 2, 2>(operands, row, panel, out, stride, accumulate),
-                    (_, 2) => tile::<V, 1, 2>(operands, row, panel, out, stride, accumulate),
-                    (12.., _) if wide => tile::<V, 12, 1>(operands, row, panel, out, stride, accumulate),
-                    (6.., _) => tile::<V, 6, 1>(operands, row, panel, out, stride, accumulate),
-                    (4.., _) => tile::<V, 4, 1>(operands, row, panel, out, stride, accumulate),
-                    (2.., _) => tile::<V, 2, 1>(operands, row, panel, out, stride, accumulate),
-                    _ => tile::<V, 1, 1>(operands, row, panel, out, stride, accumulate),
+                    (12.., 2) if wide => tile::<V, T, 12, 2>(operands, row, panel, out, stride, accumulate),
+                    (8.., 2) => tile::<V, T, 8, 2>(operands, row, panel, out, stride, accumulate),
+                    (4.., 2) => tile::<V, T, 4, 2>(operands, row, panel, out, stride, accumulate),
+                    (2.., 2) => tile::<V, T, 2, 2>(operands, row, panel, out, stride, accumulate),
+                    (_, 2) => tile::<V, T, 1, 2>(operands, row, panel, out, stride, accumulate),
+                    (12.., _) if wide => tile::<V, T, 12, 1>(operands, row, panel, out, stride, accumulate),
+                    (6.., _) => tile::<V, T, 6, 1>(operands, row, panel, out, stride, accumulate),
+                    (4.., _) => tile::<V, T, 4, 1>(operands, row, panel, out, stride, accumulate),
+                    (2.., _) => tile::<V, T, 2, 1>(operands, row, panel, out, stride, accumulate),
+                    _ => tile::<V, T, 1, 1>(operands, row, panel, out, stride, accumulate),
                 };
             }
         }
@@ -379,8 +368,8 @@ unsafe fn sweep<V: Lanes, const ROWS: usize>(
 
 /// One register tile; returns its number of rows.
 #[inline(always)]
-unsafe fn tile<V: Lanes, const R: usize, const P: usize>(
-    operands: &Operands,
+unsafe fn tile<V: Lanes, T: Element, const R: usize, const P: usize>(
+    operands: &Operands<T>,
     row: usize,
     panel: usize,
     out: *mut f32,
@@ -412,7 +401,7 @@ unsafe fn tile<V: Lanes, const R: usize, const P: usize>(
         for _ in 0..inner {
             let mut b = [V::zero(); P];
             for (b, at) in b.iter_mut().zip(panels) {
-                *b = V::load(at.wrapping_add(right_step));
+                *b = T::load(at.wrapping_add(right_step));
             }
             for (sums, at) in sums.iter_mut().zip(rows) {
                 let a = *at.wrapping_add(step);
@@ -435,6 +424,7 @@ unsafe fn tile<V: Lanes, const R: usize, const P: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::dtype::Dtype;
 
     fn values(n: usize, seed: u64) -> Vec<f32> {
         let mut x = seed;
@@ -457,8 +447,7 @@ mod tests {
             [(1, 1, 1), (1, 40, 7), (13, 33, 64), (25, 48, 3), (200, 300, 65), (7, 16, 0)]
         {
             let (a, w) = (values(rows * inner, 1), values(columns * inner, 2));
-            let mut packed = Packed::default();
-            packed.pack_transposed(&w, columns, inner);
+            let packed = Packed::of_weight(Dtype::F32, &w, columns, inner);
             let mut out = vec![9.0; rows * columns];
             matmul(Left::rows(&a, inner), rows, &packed, &mut out, false);
             for row in 0..rows {
@@ -473,8 +462,7 @@ mod tests {
     fn one_row_has_the_bits_it_has_in_a_batch() {
         let (rows, columns, inner) = (130, 272, 96);
         let (a, w) = (values(rows * inner, 3), values(columns * inner, 4));
-        let mut packed = Packed::default();
-        packed.pack_transposed(&w, columns, inner);
+        let packed = Packed::of_weight(Dtype::F32, &w, columns, inner);
         let mut all = vec![0.0; rows * columns];
         matmul(Left::rows(&a, inner), rows, &packed, &mut all, false);
         let mut one = vec![0.0; columns];
@@ -514,6 +502,44 @@ mod tests {
                 let exact =
                     (0..tokens).fold(0.0_f32, |sum, t| dy[t * outputs + o].mul_add(x[t * inputs + i], sum));
                 assert_eq!(out[o * inputs + i], exact);
+            }
+        }
+    }
+
+    #[test]
+    fn weights_of_every_format_have_the_bits_of_their_widened_values() {
+        for dtype in Dtype::ALL {
+            for (rows, columns, inner) in [(1, 40, 33), (14, 50, 40), (100, 272, 65)] {
+                let (a, mut w) = (values(rows * inner, 9), values(columns * inner, 10));
+                let packed = Packed::of_weight(dtype, &w, columns, inner);
+                dtype.round(&mut w);
+                let mut out = vec![0.0; rows * columns];
+                matmul(Left::rows(&a, inner), rows, &packed, &mut out, false);
+                for row in 0..rows {
+                    for column in 0..columns {
+                        assert_eq!(out[row * columns + column], chain(&a, &w, row, column, inner));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_transposed_product_runs_its_chains_over_the_columns() {
+        for dtype in Dtype::ALL {
+            for (rows, columns, inner) in [(1, 1, 1), (3, 40, 33), (100, 50, 300), (7, 16, 16), (0, 5, 5)] {
+                let (dy, mut w) = (values(rows * columns, 11), values(columns * inner, 12));
+                let packed = Packed::of_weight(dtype, &w, columns, inner);
+                dtype.round(&mut w);
+                let mut out = vec![0.5; rows * inner];
+                matmul_transposed(&dy, rows, &packed, &mut out, true);
+                for row in 0..rows {
+                    for i in 0..inner {
+                        let exact = (0..columns)
+                            .fold(0.5_f32, |sum, o| dy[row * columns + o].mul_add(w[o * inner + i], sum));
+                        assert_eq!(out[row * inner + i], exact);
+                    }
+                }
             }
         }
     }

@@ -12,10 +12,12 @@
 #![allow(clippy::inline_always, reason = "bodies must be compiled for their caller's instruction set")]
 
 pub mod attention;
+pub mod dtype;
 pub mod elementary;
 pub mod head;
 pub mod matmul;
 pub mod norm;
+pub mod packed;
 pub mod parallel;
 pub mod rotary;
 pub mod simd;

@@ -1,6 +1,8 @@
 //! Rotary position embedding (Su et al., arXiv 2104.09864) in the half-split layout of the
 //! Hugging Face Llama and Qwen models: element i turns with element i + `head_dim` / 2.
 
+use std::sync::OnceLock;
+
 /// How fast each pair of elements turns, and what the turned elements are multiplied by.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Frequencies {
@@ -25,12 +27,17 @@ impl Frequencies {
     }
 }
 
-/// Cosines and sines of every position, times the attention factor.
+/// Positions whose cosines and sines are computed together.
+const CHUNK: usize = 1024;
+
+/// Cosines and sines of every position, times the attention factor; computed a chunk of positions at
+/// a time when the first of them is asked for, since models allow more positions than a run uses.
 #[derive(Clone, Debug)]
 pub struct RotaryTable {
-    cosines: Vec<f32>,
-    sines: Vec<f32>,
-    half: usize,
+    frequencies: Frequencies,
+    positions: usize,
+    /// Cosines, then sines, of each position of a chunk.
+    chunks: Vec<OnceLock<Box<[f32]>>>,
 }
 
 impl RotaryTable {
@@ -38,22 +45,37 @@ impl RotaryTable {
     ///
     /// Angles are rounded to `f32` as transformers does, so that long positions agree with it.
     pub fn new(frequencies: &Frequencies, positions: usize) -> Self {
-        let half = frequencies.inverse.len();
-        let angles = (0..positions)
-            .flat_map(|position| frequencies.inverse.iter().map(move |inverse| position as f32 * inverse));
-        let (cosines, sines) = angles
-            .map(|angle| f64::from(angle).sin_cos())
-            .map(|(sine, cosine)| (cosine as f32, sine as f32))
-            .map(|(cosine, sine)| {
-                (cosine * frequencies.attention_factor, sine * frequencies.attention_factor)
-            })
-            .unzip();
-        Self { cosines, sines, half }
+        let chunks = (0..positions.div_ceil(CHUNK)).map(|_| OnceLock::new()).collect();
+        Self { frequencies: frequencies.clone(), positions, chunks }
     }
 
     /// Positions that the table covers.
     pub fn positions(&self) -> usize {
-        self.cosines.len().checked_div(self.half).unwrap_or(usize::MAX)
+        self.positions
+    }
+
+    fn half(&self) -> usize {
+        self.frequencies.inverse.len()
+    }
+
+    /// Cosines and sines of one position.
+    fn at(&self, position: usize) -> (&[f32], &[f32]) {
+        let (chunk, row) = (position / CHUNK, position % CHUNK);
+        let chunk_values = self.chunks[chunk].get_or_init(|| self.compute(chunk * CHUNK));
+        chunk_values[row * 2 * self.half()..][..2 * self.half()].split_at(self.half())
+    }
+
+    fn compute(&self, first: usize) -> Box<[f32]> {
+        let mut values = vec![0.0; CHUNK * 2 * self.half()];
+        let factor = self.frequencies.attention_factor;
+        for (row, values) in values.chunks_exact_mut((2 * self.half()).max(1)).enumerate() {
+            let (cosines, sines) = values.split_at_mut(self.half());
+            for ((cosine, sine), inverse) in cosines.iter_mut().zip(sines).zip(&self.frequencies.inverse) {
+                let angles = f64::from((first + row) as f32 * inverse).sin_cos();
+                (*sine, *cosine) = (angles.0 as f32 * factor, angles.1 as f32 * factor);
+            }
+        }
+        values.into()
     }
 
     /// Turns every head of one row by its position.
@@ -67,11 +89,10 @@ impl RotaryTable {
     }
 
     fn turn(&self, row: &mut [f32], position: usize, direction: f32) {
-        let cosines = &self.cosines[position * self.half..][..self.half];
-        let sines = &self.sines[position * self.half..][..self.half];
-        for head in row.chunks_exact_mut(2 * self.half) {
-            let (first, second) = head.split_at_mut(self.half);
-            for i in 0..self.half {
+        let (cosines, sines) = self.at(position);
+        for head in row.chunks_exact_mut(2 * self.half()) {
+            let (first, second) = head.split_at_mut(self.half());
+            for i in 0..cosines.len() {
                 let (a, b, sine) = (first[i], second[i], sines[i] * direction);
                 first[i] = a * cosines[i] - b * sine;
                 second[i] = b * cosines[i] + a * sine;

@@ -3,6 +3,8 @@
 //! AVX-512, AVX2 and portable code give the same bits: each lane is a chain of fused
 //! multiply-adds, and only the number of lanes that run side by side differs.
 
+use super::dtype::Element;
+use half::{bf16, f16};
 use std::sync::OnceLock;
 
 /// An instruction set that the kernels are compiled for.
@@ -33,7 +35,9 @@ pub fn isa() -> Isa {
 
 #[cfg(target_arch = "x86_64")]
 fn detect() -> Isa {
-    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    let avx2 = is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c");
     let avx512 = ["avx512f", "avx512vl", "avx512dq", "avx512bw"]
         .iter()
         .zip([
@@ -67,11 +71,11 @@ macro_rules! multiversion {
 
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
+                #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,f16c,fma")]
                 fn avx512($($argument: $type),*) $(-> $return)? {
                     body($($argument),*)
                 }
-                #[target_feature(enable = "avx2,fma")]
+                #[target_feature(enable = "avx2,f16c,fma")]
                 fn avx2($($argument: $type),*) $(-> $return)? {
                     body($($argument),*)
                 }
@@ -99,6 +103,10 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn zero() -> Self;
     /// Reads sixteen elements.
     unsafe fn load(from: *const f32) -> Self;
+    /// Reads sixteen elements and widens them.
+    unsafe fn load_bf16(from: *const bf16) -> Self;
+    /// Reads sixteen elements and widens them.
+    unsafe fn load_f16(from: *const f16) -> Self;
     /// Writes sixteen elements.
     unsafe fn store(self, to: *mut f32);
     /// `self + a * b` with one rounding, `a` the same in every lane.
@@ -115,6 +123,16 @@ unsafe impl Lanes for [f32; 16] {
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller vouches for sixteen readable elements.
         unsafe { from.cast::<[f32; 16]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        // SAFETY: as above.
+        unsafe { from.cast::<[bf16; 16]>().read_unaligned() }.map(Element::widen_one)
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        // SAFETY: as above.
+        unsafe { from.cast::<[f16; 16]>().read_unaligned() }.map(Element::widen_one)
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
@@ -134,11 +152,8 @@ unsafe impl Lanes for [f32; 16] {
 pub(crate) mod x86 {
     //! The vector types of x86-64.
     use super::Lanes;
-    use std::arch::x86_64::{
-        __m256, __m512, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps,
-        _mm256_storeu_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
-        _mm512_storeu_ps,
-    };
+    use half::{bf16, f16};
+    use std::arch::x86_64::*;
 
     /// One AVX-512 register.
     #[derive(Clone, Copy)]
@@ -155,6 +170,19 @@ pub(crate) mod x86 {
         unsafe fn load(from: *const f32) -> Self {
             // SAFETY: see the trait.
             Self(unsafe { _mm512_loadu_ps(from) })
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self {
+            // SAFETY: see the trait.
+            unsafe {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const f16) -> Self {
+            // SAFETY: see the trait.
+            Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) })
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
@@ -183,6 +211,24 @@ pub(crate) mod x86 {
         unsafe fn load(from: *const f32) -> Self {
             // SAFETY: see the trait.
             unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self {
+            // SAFETY: see the trait.
+            unsafe {
+                let widen = |half| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half)));
+                Self(widen(_mm_loadu_si128(from.cast())), widen(_mm_loadu_si128(from.add(8).cast())))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const f16) -> Self {
+            // SAFETY: see the trait.
+            unsafe {
+                Self(
+                    _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
+                    _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast())),
+                )
+            }
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {

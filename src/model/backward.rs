@@ -1,15 +1,15 @@
 //! The explicit backward pass: layer by layer over the tape that the forward pass kept.
 
 use super::decoder::{LayerTape, sized};
-use super::layout::LayerLayout;
+use super::layout::{LayerLayout, Matrix, Vector};
 use super::{Decoder, KvCache, Tape, Workspace};
 use crate::kernels::attention::{self, Gradients, Saved, Tile};
 use crate::kernels::elementary::add;
 use crate::kernels::head::{self, TargetGradient};
-use crate::kernels::matmul::{Left, Packed, matmul};
+use crate::kernels::matmul::{Left, matmul, matmul_transposed};
+use crate::kernels::packed::Packed;
 use crate::kernels::parallel::for_each_row;
 use crate::kernels::{norm, swiglu};
-use std::ops::Range;
 
 /// Buffers of one backward pass.
 #[derive(Default)]
@@ -30,11 +30,11 @@ impl Decoder {
     /// sum over i of `targets[i].coefficient x policy log-probability of targets[i].target`,
     /// predicted from the hidden state of row `rows[i]`.
     ///
-    /// `tape` and `cache` are those of the forward pass; the decoder must be trainable.
+    /// `tape`, `cache` and `workspace` are those of the forward pass; the latter's contents are lost.
     pub fn backward(
         &self,
         tape: &Tape,
-        cache: &KvCache,
+        cache: &mut KvCache,
         rows: &[usize],
         targets: &[TargetGradient],
         gradients: &mut [f32],
@@ -42,9 +42,16 @@ impl Decoder {
     ) {
         let mut grad_x = vec![0.0; tape.residual.len()];
         self.head_backward(tape, rows, targets, &mut grad_x, gradients);
-        let mut buffers = Buffers::default();
+        let (mut buffers, mut again) = (Buffers::default(), LayerTape::default());
         for layer in (0..self.config().layers).rev() {
-            self.layer_backward(layer, tape, cache, &mut grad_x, gradients, &mut buffers);
+            let saved = if tape.recompute {
+                workspace.x.clone_from(&tape.layers[layer].input);
+                self.layer(layer, &tape.tiles, &[], cache, workspace, Some(&mut again));
+                &again
+            } else {
+                &tape.layers[layer]
+            };
+            self.layer_backward(layer, tape, saved, cache, &mut grad_x, gradients, &mut buffers);
         }
         let hidden = self.config().hidden_size;
         let embedding = &mut gradients[self.layout().embedding.clone()];
@@ -54,7 +61,8 @@ impl Decoder {
         let pairs: usize = tape.tiles.iter().map(Tile::pairs).sum();
         // Twice the forward pass for the gradients of inputs and weights, and once more for the
         // head's recomputed logits.
-        workspace.flops += 2 * self.layer_flops(tape.ids.len(), pairs) + 4 * self.head_flops(rows.len());
+        let passes = if tape.recompute { 3 } else { 2 };
+        workspace.flops += passes * self.layer_flops(tape.ids.len(), pairs) + 4 * self.head_flops(rows.len());
     }
 
     fn head_backward(
@@ -69,8 +77,8 @@ impl Decoder {
         let (states, scales) = self.final_norm(&tape.residual, rows);
         let mut grad_states = vec![0.0; states.len()];
         let grad_weight = &mut gradients[self.layout().head.clone()];
-        head::backward(&self.head, &states, targets, &mut grad_states, grad_weight);
-        let weight = &self.parameters()[self.layout().final_norm.clone()];
+        head::backward(&self.weights.head, &states, targets, &mut grad_states, grad_weight);
+        let weight = &self.weights.final_norm;
         let grad_norm = &mut gradients[self.layout().final_norm.clone()];
         for ((row, scale), grad) in rows.iter().zip(scales).zip(grad_states.chunks_exact(hidden)) {
             let span = row * hidden..(row + 1) * hidden;
@@ -82,18 +90,19 @@ impl Decoder {
         &self,
         layer: usize,
         tape: &Tape,
+        saved: &LayerTape,
         cache: &KvCache,
         grad_x: &mut [f32],
         gradients: &mut [f32],
         buffers: &mut Buffers,
     ) {
-        let (saved, at) = (&tape.layers[layer], &self.layout().layers[layer]);
+        let at = &self.layout().layers[layer];
         self.feed_forward_backward(layer, saved, at, grad_x, gradients, buffers);
         let config = self.config();
         let (rows, queries) = (tape.ids.len(), config.heads * config.head_dim);
-        let packed = &self.packed[layer].backward;
+        let weights = &self.weights.layers[layer];
         let grad_attended = sized(&mut buffers.attended, rows * queries);
-        matmul(Left::rows(grad_x, config.hidden_size), rows, &packed.output, grad_attended, false);
+        matmul_transposed(grad_x, rows, &weights[Matrix::Output], grad_attended, false);
         let output = &mut gradients[at.output.clone()];
         add_weight_gradient(
             grad_x,
@@ -107,15 +116,17 @@ impl Decoder {
             let bias = &mut gradients[at.output_bias.clone()];
             grad_x.chunks_exact(config.hidden_size).for_each(|row| add(bias, row));
         }
-        self.attention_backward(layer, tape, cache, buffers);
-        self.unturn(at, saved, &tape.positions, gradients, buffers);
+        self.attention_backward(layer, tape, saved, cache, buffers);
+        self.unturn(layer, saved, &tape.positions, gradients, buffers);
         let (width, hidden) = (config.qkv_width(), config.hidden_size);
-        self.replay_norm(&saved.input, &at.input_norm, &saved.input_scales, &mut buffers.normed);
+        self.replay_norm(&saved.input, &weights[Vector::InputNorm], &saved.input_scales, &mut buffers.normed);
         let weight = &mut gradients[at.qkv.clone()];
         add_weight_gradient(&buffers.qkv, width, &buffers.normed, hidden, weight, &mut buffers.packed);
         let grad_normed = sized(&mut buffers.normed, rows * hidden);
-        matmul(Left::rows(&buffers.qkv, width), rows, &packed.qkv, grad_normed, false);
-        self.norm_backward(&saved.input, &at.input_norm, &saved.input_scales, grad_normed, grad_x, gradients);
+        matmul_transposed(&buffers.qkv, rows, &weights[Matrix::Qkv], grad_normed, false);
+        let grad_weight = &mut gradients[at.input_norm.clone()];
+        let weight = &weights[Vector::InputNorm];
+        self.norm_backward(&saved.input, weight, &saved.input_scales, grad_normed, grad_x, grad_weight);
     }
 
     fn feed_forward_backward(
@@ -128,7 +139,7 @@ impl Decoder {
         buffers: &mut Buffers,
     ) {
         let (hidden, inner) = (self.config().hidden_size, self.config().intermediate_size);
-        let (rows, packed) = (grad_x.len() / hidden, &self.packed[layer].backward);
+        let (rows, weights) = (grad_x.len() / hidden, &self.weights.layers[layer]);
         let gate_up = &saved.gate_up;
         for_each_row(sized(&mut buffers.activated, rows * inner), inner, |row, out| {
             swiglu::forward(&gate_up[row * 2 * inner..][..2 * inner], out);
@@ -136,30 +147,37 @@ impl Decoder {
         let down = &mut gradients[at.down.clone()];
         add_weight_gradient(grad_x, hidden, &buffers.activated, inner, down, &mut buffers.packed);
         let grad_activated = sized(&mut buffers.activated, rows * inner);
-        matmul(Left::rows(grad_x, hidden), rows, &packed.down, grad_activated, false);
+        matmul_transposed(grad_x, rows, &weights[Matrix::Down], grad_activated, false);
         let grad_activated = &buffers.activated;
         for_each_row(sized(&mut buffers.inner, rows * 2 * inner), 2 * inner, |row, out| {
             let gate_up = &gate_up[row * 2 * inner..][..2 * inner];
             swiglu::backward(gate_up, &grad_activated[row * inner..][..inner], out);
         });
-        self.replay_norm(&saved.middle, &at.post_norm, &saved.middle_scales, &mut buffers.normed);
+        self.replay_norm(
+            &saved.middle,
+            &weights[Vector::PostNorm],
+            &saved.middle_scales,
+            &mut buffers.normed,
+        );
         let weight = &mut gradients[at.gate_up.clone()];
         add_weight_gradient(&buffers.inner, 2 * inner, &buffers.normed, hidden, weight, &mut buffers.packed);
         let grad_normed = sized(&mut buffers.normed, rows * hidden);
-        matmul(Left::rows(&buffers.inner, 2 * inner), rows, &packed.gate_up, grad_normed, false);
-        self.norm_backward(
-            &saved.middle,
-            &at.post_norm,
-            &saved.middle_scales,
-            grad_normed,
-            grad_x,
-            gradients,
-        );
+        matmul_transposed(&buffers.inner, rows, &weights[Matrix::GateUp], grad_normed, false);
+        let grad_weight = &mut gradients[at.post_norm.clone()];
+        let weight = &weights[Vector::PostNorm];
+        self.norm_backward(&saved.middle, weight, &saved.middle_scales, grad_normed, grad_x, grad_weight);
     }
 
     /// Gradients of rotated queries and keys and of values, as rows like those of the forward pass.
-    fn attention_backward(&self, layer: usize, tape: &Tape, cache: &KvCache, buffers: &mut Buffers) {
-        let (config, saved) = (self.config(), &tape.layers[layer]);
+    fn attention_backward(
+        &self,
+        layer: usize,
+        tape: &Tape,
+        saved: &LayerTape,
+        cache: &KvCache,
+        buffers: &mut Buffers,
+    ) {
+        let config = self.config();
         let geometry = config.geometry();
         let (rows, padded, dim) = (tape.ids.len(), geometry.padded(), config.head_dim);
         for buffer in [&mut buffers.keys, &mut buffers.values] {
@@ -196,13 +214,14 @@ impl Decoder {
     /// Turns the gradients in `buffers.qkv` back through rotary embedding, q/k norms and biases.
     fn unturn(
         &self,
-        at: &LayerLayout,
+        layer: usize,
         saved: &LayerTape,
         positions: &[usize],
         gradients: &mut [f32],
         buffers: &mut Buffers,
     ) {
         let config = self.config();
+        let (weights, at) = (&self.weights.layers[layer], &self.layout().layers[layer]);
         let (width, dim) = (config.qkv_width(), config.head_dim);
         let turned = (config.heads + config.kv_heads) * dim;
         for_each_row(&mut buffers.qkv, width, |row, values| {
@@ -212,8 +231,11 @@ impl Decoder {
             let mut scratch = vec![0.0; dim];
             for (row, grads) in buffers.qkv.chunks_exact_mut(width).enumerate() {
                 for (head, grad) in grads[..turned].chunks_exact_mut(dim).enumerate() {
-                    let range = if head < config.heads { &at.q_norm } else { &at.k_norm };
-                    let weight = &self.parameters()[range.clone()];
+                    let (range, weight) = if head < config.heads {
+                        (&at.q_norm, &weights[Vector::QueryNorm])
+                    } else {
+                        (&at.k_norm, &weights[Vector::KeyNorm])
+                    };
                     let x = &saved.before_norm[row * width + head * dim..][..dim];
                     let scale = norm::forward(x, weight, config.norm_epsilon, &mut scratch);
                     scratch.fill(0.0);
@@ -228,9 +250,8 @@ impl Decoder {
         }
     }
 
-    fn replay_norm(&self, x: &[f32], weight: &Range<usize>, scales: &[f32], out: &mut Vec<f32>) {
+    fn replay_norm(&self, x: &[f32], weight: &[f32], scales: &[f32], out: &mut Vec<f32>) {
         let hidden = self.config().hidden_size;
-        let weight = &self.parameters()[weight.clone()];
         for_each_row(sized(out, x.len()), hidden, |row, out| {
             norm::replay(&x[row * hidden..][..hidden], weight, scales[row], out);
         });
@@ -239,15 +260,13 @@ impl Decoder {
     fn norm_backward(
         &self,
         x: &[f32],
-        weight: &Range<usize>,
+        weight: &[f32],
         scales: &[f32],
         grad_normed: &[f32],
         grad_x: &mut [f32],
-        gradients: &mut [f32],
+        grad_weight: &mut [f32],
     ) {
         let hidden = self.config().hidden_size;
-        let grad_weight = &mut gradients[weight.clone()];
-        let weight = &self.parameters()[weight.clone()];
         for (row, scale) in scales.iter().enumerate() {
             let span = row * hidden..(row + 1) * hidden;
             let (grad, out) = (&grad_normed[span.clone()], &mut grad_x[span.clone()]);

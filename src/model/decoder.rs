@@ -1,41 +1,24 @@
 //! The forward pass that rollout and training share.
 
-use super::layout::LayerLayout;
-use super::{DecoderConfig, Extension, KvCache, Layout, ModelError, RopeScaling};
+use super::layout::{Matrix, Vector};
+use super::weights::{LayerWeights, Weights};
+use super::{DecoderConfig, Dtype, Extension, KvCache, Layout, ModelError, RopeScaling};
 use crate::kernels::attention::{self, Tile};
 use crate::kernels::elementary::add;
-use crate::kernels::head::{self, PackedHead, TokenScore};
-use crate::kernels::matmul::{Left, Packed, matmul};
+use crate::kernels::head::{self, TokenScore};
+use crate::kernels::matmul::{Left, matmul};
 use crate::kernels::parallel::for_each_row;
 use crate::kernels::rotary::RotaryTable;
 use crate::kernels::{norm, swiglu};
+use rayon::prelude::*;
 
-/// A decoder: parameters in one flat buffer, and their packed copies for the matrix products.
-#[derive(Debug)]
+/// A decoder: its weights, packed for the matrix products, and nothing twice.
+#[derive(Clone, Debug)]
 pub struct Decoder {
     config: DecoderConfig,
     layout: Layout,
-    parameters: Vec<f32>,
+    pub(super) weights: Weights,
     pub(super) rotary: RotaryTable,
-    pub(super) packed: Vec<PackedLayer>,
-    pub(super) head: PackedHead,
-    /// Whether the packs for the backward pass are kept too.
-    trainable: bool,
-}
-
-/// One layer's matrices, packed for the forward and (when trainable) the backward pass.
-#[derive(Debug, Default)]
-pub(super) struct PackedLayer {
-    pub(super) forward: Matrices,
-    pub(super) backward: Matrices,
-}
-
-#[derive(Debug, Default)]
-pub(super) struct Matrices {
-    pub(super) qkv: Packed,
-    pub(super) output: Packed,
-    pub(super) gate_up: Packed,
-    pub(super) down: Packed,
 }
 
 /// Buffers of the forward pass, kept between calls.
@@ -72,6 +55,8 @@ pub(super) struct LayerTape {
 /// What a whole backward pass needs.
 #[derive(Debug, Default)]
 pub struct Tape {
+    /// Keep only the input of each layer; the backward pass computes the rest again, with the same bits.
+    pub recompute: bool,
     pub(super) layers: Vec<LayerTape>,
     pub(super) tiles: Vec<Tile>,
     pub(super) ids: Vec<u32>,
@@ -92,25 +77,21 @@ fn copy_to(buffer: &mut Vec<f32>, values: &[f32]) {
 }
 
 impl Decoder {
-    /// A decoder from its flat parameters.
+    /// A decoder from its flat parameters, rounded to `dtype`.
     ///
     /// # Panics
     /// When the number of parameters does not fit the configuration.
-    pub fn new(config: DecoderConfig, parameters: Vec<f32>) -> Self {
+    pub fn new(config: DecoderConfig, dtype: Dtype, parameters: &[f32]) -> Self {
         let layout = Layout::new(&config);
-        assert_eq!(layout.len(), parameters.len(), "parameters do not fit the configuration");
-        let rotary = RotaryTable::new(&config.rotary(), config.max_positions);
-        let mut decoder = Self {
-            packed: Vec::new(),
-            head: PackedHead::default(),
-            trainable: false,
-            config,
-            layout,
-            parameters,
-            rotary,
-        };
-        decoder.repack();
+        let weights = Weights::zeros(&config, dtype);
+        let mut decoder = Self::of_weights(config, layout, weights);
+        decoder.set_parameters(parameters);
         decoder
+    }
+
+    pub(super) fn of_weights(config: DecoderConfig, layout: Layout, weights: Weights) -> Self {
+        let rotary = RotaryTable::new(&config.rotary(), config.max_positions);
+        Self { config, layout, weights, rotary }
     }
 
     /// The configuration.
@@ -123,53 +104,37 @@ impl Decoder {
         &self.layout
     }
 
-    /// The flat parameters.
-    pub fn parameters(&self) -> &[f32] {
-        &self.parameters
+    /// The number format of the weights.
+    pub fn dtype(&self) -> Dtype {
+        self.weights.dtype
     }
 
-    /// Changes the parameters and packs them anew.
-    pub fn update<T>(&mut self, change: impl FnOnce(&mut [f32]) -> T) -> T {
-        let result = change(&mut self.parameters);
-        self.repack();
-        result
-    }
-
-    /// Keeps the packs that the backward pass needs as well.
-    pub fn make_trainable(&mut self) {
-        if !self.trainable {
-            self.trainable = true;
-            self.repack();
+    /// A flat copy of the parameters, laid out as [`Decoder::layout`] says.
+    pub fn parameters(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.layout.len()];
+        for parameter in self.layout.parameters() {
+            let rows = values[parameter.range.clone()].par_chunks_exact_mut(parameter.columns.max(1));
+            rows.enumerate().for_each(|(row, out)| self.weights.row(parameter, row, out));
         }
+        values
     }
 
-    /// A copy for inference.
-    #[must_use]
-    pub fn inference_copy(&self) -> Self {
-        Self::new(self.config.clone(), self.parameters.clone())
-    }
-
-    fn repack(&mut self) {
-        self.packed.resize_with(self.config.layers, PackedLayer::default);
-        let c = &self.config;
-        let (hidden, inner, queries) = (c.hidden_size, c.intermediate_size, c.heads * c.head_dim);
-        let qkv = c.qkv_width();
-        for (packed, at) in self.packed.iter_mut().zip(&self.layout.layers) {
-            let matrices = |m: &mut Matrices, pack: fn(&mut Packed, &[f32], usize, usize)| {
-                pack(&mut m.qkv, &self.parameters[at.qkv.clone()], qkv, hidden);
-                pack(&mut m.output, &self.parameters[at.output.clone()], hidden, queries);
-                pack(&mut m.gate_up, &self.parameters[at.gate_up.clone()], 2 * inner, hidden);
-                pack(&mut m.down, &self.parameters[at.down.clone()], hidden, inner);
-            };
-            matrices(&mut packed.forward, Packed::pack_transposed);
-            if self.trainable {
-                matrices(&mut packed.backward, |packed, weight, rows, columns| {
-                    packed.pack(weight, rows, columns, columns);
-                });
+    /// Replaces all weights by flat parameters, rounded to the decoder's number format.
+    ///
+    /// # Panics
+    /// When the number of parameters does not fit the configuration.
+    pub fn set_parameters(&mut self, parameters: &[f32]) {
+        assert_eq!(self.layout.len(), parameters.len(), "parameters do not fit the configuration");
+        for parameter in self.layout.parameters() {
+            let values = &parameters[parameter.range.clone()];
+            if !parameter.is_vector() {
+                self.weights.set_rows(parameter, 0, values);
+            } else {
+                let mut rounded = values.to_vec();
+                self.weights.dtype.round(&mut rounded);
+                self.weights.set_rows(parameter, 0, &rounded);
             }
         }
-        let weight = &self.parameters[self.layout.head.clone()];
-        self.head.pack(weight, self.config.vocab_size, hidden, self.trainable);
     }
 
     /// A cache for this decoder.
@@ -197,16 +162,23 @@ impl Decoder {
         let hidden = self.config.hidden_size;
         let tiles = cache.tiles(extensions);
         set_positions(&mut workspace.positions, ids.len(), extensions, cache);
-        let embedding = &self.parameters[self.layout.embedding.clone()];
+        let embedding = self.weights.embedding();
         for (x, id) in sized(&mut workspace.x, ids.len() * hidden).chunks_exact_mut(hidden).zip(ids) {
-            x.copy_from_slice(&embedding[*id as usize * hidden..][..hidden]);
+            embedding.row(*id as usize, x);
         }
         for layer in 0..self.config.layers {
             let layer_tape = tape.as_deref_mut().map(|tape| {
                 tape.layers.resize_with(self.config.layers, LayerTape::default);
-                &mut tape.layers[layer]
+                (tape.recompute, &mut tape.layers[layer])
             });
-            self.layer(layer, &tiles, extensions, cache, workspace, layer_tape);
+            let whole = match layer_tape {
+                Some((true, layer_tape)) => {
+                    copy_to(&mut layer_tape.input, &workspace.x);
+                    None
+                }
+                other => other.map(|(_, layer_tape)| layer_tape),
+            };
+            self.layer(layer, &tiles, extensions, cache, workspace, whole);
         }
         let pairs: usize = tiles.iter().map(Tile::pairs).sum();
         workspace.flops += self.layer_flops(ids.len(), pairs);
@@ -233,7 +205,8 @@ impl Decoder {
         }
     }
 
-    fn layer(
+    /// One layer on `workspace.x`; keys and values of `extensions` go to the cache.
+    pub(super) fn layer(
         &self,
         layer: usize,
         tiles: &[Tile],
@@ -242,11 +215,11 @@ impl Decoder {
         workspace: &mut Workspace,
         mut tape: Option<&mut LayerTape>,
     ) {
-        let (packed, at) = (&self.packed[layer].forward, &self.layout.layers[layer]);
+        let at = &self.weights.layers[layer];
         let (rows, width) = (workspace.positions.len(), self.config.qkv_width());
         self.norm_rows(
             &workspace.x,
-            &at.input_norm,
+            &at[Vector::InputNorm],
             &mut workspace.normed,
             tape.as_deref_mut().map(|t| &mut t.input_scales),
         );
@@ -254,7 +227,7 @@ impl Decoder {
             copy_to(&mut tape.input, &workspace.x);
         }
         let qkv = sized(&mut workspace.qkv, rows * width);
-        matmul(Left::rows(&workspace.normed, self.config.hidden_size), rows, &packed.qkv, qkv, false);
+        matmul(Left::rows(&workspace.normed, self.config.hidden_size), rows, &at[Matrix::Qkv], qkv, false);
         self.finish_qkv(at, workspace, tape.as_deref_mut());
         self.write_cache(layer, extensions, cache, &workspace.qkv);
         let attended = sized(&mut workspace.attended, rows * self.config.heads * self.config.head_dim);
@@ -262,9 +235,9 @@ impl Decoder {
         let pages = cache.layer(layer);
         attention::forward(self.config.geometry(), tiles, pages, &workspace.qkv, width, attended, log_sums);
         let queries = self.config.heads * self.config.head_dim;
-        matmul(Left::rows(attended, queries), rows, &packed.output, &mut workspace.x, true);
+        matmul(Left::rows(attended, queries), rows, &at[Matrix::Output], &mut workspace.x, true);
         if self.config.output_bias() {
-            let bias = &self.parameters[at.output_bias.clone()];
+            let bias = &at[Vector::OutputBias];
             for_each_row(&mut workspace.x, self.config.hidden_size, |_, row| add(row, bias));
         }
         if let Some(tape) = tape.as_deref_mut() {
@@ -273,22 +246,16 @@ impl Decoder {
             copy_to(&mut tape.log_sums, &workspace.log_sums);
             copy_to(&mut tape.middle, &workspace.x);
         }
-        self.feed_forward(packed, at, workspace, tape);
+        self.feed_forward(at, workspace, tape);
     }
 
-    fn feed_forward(
-        &self,
-        packed: &Matrices,
-        at: &LayerLayout,
-        workspace: &mut Workspace,
-        mut tape: Option<&mut LayerTape>,
-    ) {
+    fn feed_forward(&self, at: &LayerWeights, workspace: &mut Workspace, mut tape: Option<&mut LayerTape>) {
         let (rows, hidden, inner) =
             (workspace.positions.len(), self.config.hidden_size, self.config.intermediate_size);
         let scales = tape.as_deref_mut().map(|tape| &mut tape.middle_scales);
-        self.norm_rows(&workspace.x, &at.post_norm, &mut workspace.normed, scales);
+        self.norm_rows(&workspace.x, &at[Vector::PostNorm], &mut workspace.normed, scales);
         let gate_up = sized(&mut workspace.gate_up, rows * 2 * inner);
-        matmul(Left::rows(&workspace.normed, hidden), rows, &packed.gate_up, gate_up, false);
+        matmul(Left::rows(&workspace.normed, hidden), rows, &at[Matrix::GateUp], gate_up, false);
         let gate_up = &workspace.gate_up;
         for_each_row(sized(&mut workspace.activated, rows * inner), inner, |row, out| {
             swiglu::forward(&gate_up[row * 2 * inner..][..2 * inner], out);
@@ -296,19 +263,18 @@ impl Decoder {
         if let Some(tape) = tape {
             copy_to(&mut tape.gate_up, gate_up);
         }
-        matmul(Left::rows(&workspace.activated, inner), rows, &packed.down, &mut workspace.x, true);
+        matmul(Left::rows(&workspace.activated, inner), rows, &at[Matrix::Down], &mut workspace.x, true);
     }
 
     /// RMS norm of every row, keeping the factors where a tape wants them.
     pub(super) fn norm_rows(
         &self,
         x: &[f32],
-        weight: &std::ops::Range<usize>,
+        weight: &[f32],
         out: &mut Vec<f32>,
         scales: Option<&mut Vec<f32>>,
     ) {
         let (hidden, epsilon) = (self.config.hidden_size, self.config.norm_epsilon);
-        let weight = &self.parameters[weight.clone()];
         let out = sized(out, x.len());
         match scales {
             None => for_each_row(out, hidden, |row, out| {
@@ -324,11 +290,11 @@ impl Decoder {
     }
 
     /// Biases, q/k norms and rotary embedding, in place.
-    fn finish_qkv(&self, at: &LayerLayout, workspace: &mut Workspace, tape: Option<&mut LayerTape>) {
+    fn finish_qkv(&self, at: &LayerWeights, workspace: &mut Workspace, tape: Option<&mut LayerTape>) {
         let (width, dim) = (self.config.qkv_width(), self.config.head_dim);
         let turned = (self.config.heads + self.config.kv_heads) * dim;
         if self.config.attention_bias {
-            let bias = &self.parameters[at.qkv_bias.clone()];
+            let bias = &at[Vector::QkvBias];
             for_each_row(&mut workspace.qkv, width, |_, row| add(row, bias));
         }
         if self.config.qk_norm {
@@ -337,9 +303,9 @@ impl Decoder {
             }
             for_each_row(&mut workspace.qkv, width, |_, row| {
                 for (head, values) in row[..turned].chunks_exact_mut(dim).enumerate() {
-                    let range = if head < self.config.heads { &at.q_norm } else { &at.k_norm };
+                    let weight = if head < self.config.heads { Vector::QueryNorm } else { Vector::KeyNorm };
                     let before = values.to_vec();
-                    norm::forward(&before, &self.parameters[range.clone()], self.config.norm_epsilon, values);
+                    norm::forward(&before, &at[weight], self.config.norm_epsilon, values);
                 }
             });
         }
@@ -371,7 +337,7 @@ impl Decoder {
     /// Final norm of some rows of a residual stream, with the factors for the backward pass.
     pub(super) fn final_norm(&self, residual: &[f32], rows: &[usize]) -> (Vec<f32>, Vec<f32>) {
         let hidden = self.config.hidden_size;
-        let weight = &self.parameters[self.layout.final_norm.clone()];
+        let weight = &self.weights.final_norm;
         let mut out = vec![0.0; rows.len() * hidden];
         let scales = rows
             .iter()
@@ -387,7 +353,7 @@ impl Decoder {
     pub fn logits(&self, hidden: &[f32], out: &mut Vec<f32>, workspace: &mut Workspace) {
         let rows = hidden.len() / self.config.hidden_size;
         let out = sized(out, rows * self.config.vocab_size);
-        self.head.logits(hidden, rows, out);
+        self.weights.head.logits(hidden, rows, out);
         workspace.flops += self.head_flops(rows);
     }
 
@@ -400,7 +366,16 @@ impl Decoder {
         workspace: &mut Workspace,
     ) -> Vec<TokenScore> {
         workspace.flops += self.head_flops(targets.len());
-        head::score(&self.head, hidden, targets, inverse_temperature)
+        head::score(&self.weights.head, hidden, targets, inverse_temperature)
+    }
+
+    /// Bytes that a tape holds for each token of a forward pass, unless layers are computed again.
+    pub fn tape_bytes_per_token(&self) -> usize {
+        let c = &self.config;
+        let before_norm = if c.qk_norm { c.qkv_width() } else { 0 };
+        let attention = c.qkv_width() + before_norm + c.heads * (c.head_dim + 1);
+        let values = 2 * (c.hidden_size + 1) + attention + 2 * c.intermediate_size;
+        c.layers * values * size_of::<f32>()
     }
 
     /// Operations of the layers' forward pass: 2 for each weight and row, 4 for each pair of query

@@ -1,6 +1,6 @@
 //! Random weights for models from scratch, each element a function of (seed, tensor, place).
 
-use super::{Decoder, DecoderConfig, Layout, Parameter, Role};
+use super::{Decoder, DecoderConfig, Dtype, Layout, Parameter, Role};
 use crate::config::ScratchModel;
 use crate::random::Stream;
 
@@ -9,7 +9,7 @@ impl Decoder {
     ///
     /// Matrices are normal with variance 1 / columns, the embedding has its own deviation, norms
     /// are one. Output projections may start at zero, so that each block starts as the identity.
-    pub fn from_scratch(scratch: &ScratchModel, vocab_size: usize, seed: u64) -> Self {
+    pub fn from_scratch(scratch: &ScratchModel, dtype: Dtype, vocab_size: usize, seed: u64) -> Self {
         let config = DecoderConfig::from_scratch(scratch, vocab_size);
         let layout = Layout::new(&config);
         let mut values = vec![0.0; layout.len()];
@@ -19,7 +19,7 @@ impl Decoder {
         if scratch.previous_token_head > 0.0 && config.attention_bias {
             wire_previous_token_head(&config, &layout, scratch.previous_token_head, &mut values);
         }
-        Self::new(config, values)
+        Self::new(config, dtype, &values)
     }
 }
 

@@ -29,15 +29,60 @@ pub struct Parameter {
     pub columns: usize,
     /// What it is.
     pub role: Role,
+    pub(super) place: Place,
+}
+
+/// A matrix of a layer, as one product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Matrix {
+    /// Queries, keys and values side by side.
+    Qkv,
+    Output,
+    /// Gate and up side by side.
+    GateUp,
+    Down,
+}
+
+/// A vector of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Vector {
+    InputNorm,
+    QkvBias,
+    QueryNorm,
+    KeyNorm,
+    OutputBias,
+    PostNorm,
+}
+
+/// Where a parameter lies in a decoder's [`Weights`](super::weights::Weights).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    Embedding,
+    FinalNorm,
+    Head,
+    /// From output `first` of a matrix on.
+    Matrix {
+        layer: usize,
+        matrix: Matrix,
+        first: usize,
+    },
+    /// From element `first` of a vector on.
+    Vector {
+        layer: usize,
+        vector: Vector,
+        first: usize,
+    },
 }
 
 impl Parameter {
+    /// Whether it has one dimension only.
+    pub fn is_vector(&self) -> bool {
+        matches!(self.role, Role::Norm | Role::Bias)
+    }
+
     /// The tensor's shape.
     pub fn shape(&self) -> Vec<usize> {
-        match self.role {
-            Role::Matrix | Role::Embedding => vec![self.rows, self.columns],
-            Role::Norm | Role::Bias => vec![self.columns],
-        }
+        if self.is_vector() { vec![self.columns] } else { vec![self.rows, self.columns] }
     }
 }
 
@@ -71,55 +116,74 @@ impl Layout {
     /// The layout of a configuration.
     pub fn new(config: &DecoderConfig) -> Self {
         let mut layout = Self::default();
-        let (hidden, inner, dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
-        let (queries, keys) = (config.heads * dim, config.kv_heads * dim);
+        let hidden = config.hidden_size;
+        let embedding = "model.embed_tokens.weight".into();
         layout.embedding =
-            layout.add("model.embed_tokens.weight".into(), config.vocab_size, hidden, Role::Embedding);
+            layout.add(embedding, config.vocab_size, hidden, Role::Embedding, Place::Embedding);
         for layer in 0..config.layers {
-            let name = |part: &str| format!("model.layers.{layer}.{part}");
-            let mut at = LayerLayout {
-                input_norm: layout.add(name("input_layernorm.weight"), 1, hidden, Role::Norm),
-                ..LayerLayout::default()
-            };
-            let projections = [("q", queries), ("k", keys), ("v", keys)];
-            let weights = projections.map(|(p, rows)| {
-                layout.add(name(&format!("self_attn.{p}_proj.weight")), rows, hidden, Role::Matrix)
-            });
-            at.qkv = weights[0].start..weights[2].end;
-            if config.attention_bias {
-                let biases = projections.map(|(p, rows)| {
-                    layout.add(name(&format!("self_attn.{p}_proj.bias")), 1, rows, Role::Bias)
-                });
-                at.qkv_bias = biases[0].start..biases[2].end;
-            }
-            if config.qk_norm {
-                at.q_norm = layout.add(name("self_attn.q_norm.weight"), 1, dim, Role::Norm);
-                at.k_norm = layout.add(name("self_attn.k_norm.weight"), 1, dim, Role::Norm);
-            }
-            at.output = layout.add(name("self_attn.o_proj.weight"), hidden, queries, Role::Matrix);
-            if config.output_bias() {
-                at.output_bias = layout.add(name("self_attn.o_proj.bias"), 1, hidden, Role::Bias);
-            }
-            at.post_norm = layout.add(name("post_attention_layernorm.weight"), 1, hidden, Role::Norm);
-            let gate = layout.add(name("mlp.gate_proj.weight"), inner, hidden, Role::Matrix);
-            let up = layout.add(name("mlp.up_proj.weight"), inner, hidden, Role::Matrix);
-            at.gate_up = gate.start..up.end;
-            at.down = layout.add(name("mlp.down_proj.weight"), hidden, inner, Role::Matrix);
+            let at = layout.add_layer(config, layer);
             layout.layers.push(at);
         }
-        layout.final_norm = layout.add("model.norm.weight".into(), 1, hidden, Role::Norm);
+        layout.final_norm = layout.add("model.norm.weight".into(), 1, hidden, Role::Norm, Place::FinalNorm);
         layout.head = if config.tied {
             layout.embedding.clone()
         } else {
-            layout.add("lm_head.weight".into(), config.vocab_size, hidden, Role::Embedding)
+            layout.add("lm_head.weight".into(), config.vocab_size, hidden, Role::Embedding, Place::Head)
         };
         layout
     }
 
-    fn add(&mut self, name: String, rows: usize, columns: usize, role: Role) -> Range<usize> {
+    fn add_layer(&mut self, config: &DecoderConfig, layer: usize) -> LayerLayout {
+        let (hidden, inner, dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
+        let (queries, keys) = (config.heads * dim, config.kv_heads * dim);
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        let matrix = |matrix, first| Place::Matrix { layer, matrix, first };
+        let vector = |vector, first| Place::Vector { layer, vector, first };
+        let norm = |layout: &mut Self, part, length, place| {
+            layout.add(name(part), 1, length, Role::Norm, vector(place, 0))
+        };
+        let mut at = LayerLayout {
+            input_norm: norm(self, "input_layernorm.weight", hidden, Vector::InputNorm),
+            ..LayerLayout::default()
+        };
+        let projections = [("q", 0, queries), ("k", queries, keys), ("v", queries + keys, keys)];
+        let weights = projections.map(|(p, first, rows)| {
+            let name = name(&format!("self_attn.{p}_proj.weight"));
+            self.add(name, rows, hidden, Role::Matrix, matrix(Matrix::Qkv, first))
+        });
+        at.qkv = weights[0].start..weights[2].end;
+        if config.attention_bias {
+            let biases = projections.map(|(p, first, rows)| {
+                let name = name(&format!("self_attn.{p}_proj.bias"));
+                self.add(name, 1, rows, Role::Bias, vector(Vector::QkvBias, first))
+            });
+            at.qkv_bias = biases[0].start..biases[2].end;
+        }
+        if config.qk_norm {
+            at.q_norm = norm(self, "self_attn.q_norm.weight", dim, Vector::QueryNorm);
+            at.k_norm = norm(self, "self_attn.k_norm.weight", dim, Vector::KeyNorm);
+        }
+        let output = name("self_attn.o_proj.weight");
+        at.output = self.add(output, hidden, queries, Role::Matrix, matrix(Matrix::Output, 0));
+        if config.output_bias() {
+            let bias = name("self_attn.o_proj.bias");
+            at.output_bias = self.add(bias, 1, hidden, Role::Bias, vector(Vector::OutputBias, 0));
+        }
+        at.post_norm = norm(self, "post_attention_layernorm.weight", hidden, Vector::PostNorm);
+        let feed = [("gate", 0), ("up", inner)].map(|(p, first)| {
+            let name = name(&format!("mlp.{p}_proj.weight"));
+            self.add(name, inner, hidden, Role::Matrix, matrix(Matrix::GateUp, first))
+        });
+        at.gate_up = feed[0].start..feed[1].end;
+        at.down =
+            self.add(name("mlp.down_proj.weight"), hidden, inner, Role::Matrix, matrix(Matrix::Down, 0));
+        at
+    }
+
+    fn add(&mut self, name: String, rows: usize, columns: usize, role: Role, place: Place) -> Range<usize> {
         let start = self.len();
         let range = start..start + rows * columns;
-        self.parameters.push(Parameter { name, range: range.clone(), rows, columns, role });
+        self.parameters.push(Parameter { name, range: range.clone(), rows, columns, role, place });
         range
     }
 

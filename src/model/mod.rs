@@ -5,19 +5,22 @@ mod backward;
 mod cache;
 mod config;
 mod decoder;
+mod files;
 mod forest;
 mod init;
 mod layout;
+mod tensors;
 mod weights;
 
+pub use crate::kernels::dtype::Dtype;
 pub use cache::{Extension, KvCache, NodeId};
-pub use config::{Architecture, DecoderConfig, Llama3, RopeScaling, Yarn, end_token_ids};
+pub use config::{Architecture, DecoderConfig, Llama3, RopeScaling, Yarn};
 pub use decoder::{Decoder, Tape, Workspace};
+pub use files::{SHARD_BYTES, directory_digest};
 pub use forest::{Forest, Segment};
 pub use layout::{Layout, Parameter, Role};
-pub use weights::directory_digest;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Why a model could not be loaded, saved or run.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +94,10 @@ pub enum ModelError {
 }
 
 impl ModelError {
+    fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Io { path: path.to_path_buf(), source }
+    }
+
     /// Advice for the user, if there is any.
     pub fn hint(&self) -> Option<String> {
         match self {

@@ -50,7 +50,7 @@ fn continue_pretraining(
     let steps = steps_for(trained.cold_start_flops() + trained.train_flops(), state);
     let positions = trained.base.config().max_positions;
     let stage = SupervisedStage { name: "continued_ntp", steps, optimizer: &config.optimizer };
-    let start = || Ok((trained.base.inference_copy(), trained.metrics_bytes(), state.source));
+    let start = || Ok((trained.base.clone(), trained.metrics_bytes(), state.source));
     let examples = |cursor| CorpusExamples::open(run, config, positions, cursor);
     let finished = run_supervised(run, &stage, start, examples)?;
     evaluator.plain("continued_ntp", &finished.decoder)?;

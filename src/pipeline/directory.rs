@@ -5,13 +5,13 @@ use super::evaluate::Evaluator;
 use super::materials::{Vocabulary, initial_decoder};
 use super::run::{Paths, Run, resolved_text};
 use super::stage::{STAGES, has_checkpoints, read_decoder};
-use super::summary::report_again;
+use super::summary::{report_again, tables_of};
 use crate::checkpoint::{CheckpointStore, StoreReport};
 use crate::config::{Loaded, Pipeline, parse};
 use crate::error::Error;
 use crate::ledger::{LedgerReport, LedgerSnapshot};
 use crate::model::Decoder;
-use crate::report::Log;
+use crate::report::{Log, Table};
 use crate::tasks::{Manifest, TaskShards, TasksError};
 use crate::tokenize::{SpecialTokens, Tokenizer};
 use serde::Serialize;
@@ -48,6 +48,14 @@ impl VerifyReport {
     }
 }
 
+/// A model out of a run.
+pub struct RunModel {
+    /// The model.
+    pub decoder: Decoder,
+    /// Stage and step of its checkpoint; none for the model that the run starts from.
+    pub checkpoint: Option<(String, u64)>,
+}
+
 impl RunDirectory {
     /// Opens a directory that holds a run.
     ///
@@ -71,6 +79,14 @@ impl RunDirectory {
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.paths.0
+    }
+
+    /// The evaluation tables of the run, as far as it has come.
+    ///
+    /// # Errors
+    /// When an evaluation file is damaged.
+    pub fn tables(&self) -> Result<Vec<Table>, Error> {
+        tables_of(&self.paths)
     }
 
     /// The run's tokenizer and special tokens.
@@ -99,35 +115,42 @@ impl RunDirectory {
     /// # Errors
     /// When there is no such checkpoint or it is damaged.
     pub fn decoder(&self, stage: Option<&str>) -> Result<Decoder, Error> {
+        Ok(self.model(stage, None)?.decoder)
+    }
+
+    /// The model of a checkpoint: of a stage (default: the last main one that has any) and of a step
+    /// (default: the newest that is intact).
+    ///
+    /// # Errors
+    /// As [`RunDirectory::decoder`].
+    pub fn model(&self, stage: Option<&str>, step: Option<u64>) -> Result<RunModel, Error> {
+        let missing = |message, hint: String| Error::from(PipelineError::Missing { message, hint });
         if let Some(stage) = stage.filter(|stage| !STAGES.contains(stage)) {
-            return Err(PipelineError::Missing {
-                message: format!("there is no stage `{stage}`"),
-                hint: format!("stages are {}", STAGES.join(", ")),
-            }
-            .into());
+            let hint = format!("stages are {}", STAGES.join(", "));
+            return Err(missing(format!("there is no stage `{stage}`"), hint));
         }
         let main = ["train", "cold_start", "pretrain"];
-        let stage = stage.or_else(|| main.into_iter().find(|stage| has_checkpoints(&self.paths, stage)));
-        let Some(stage) = stage.filter(|stage| has_checkpoints(&self.paths, stage)) else {
-            return if stage.is_none() && self.pipeline.model.path.is_some() {
-                initial_decoder(&self.pipeline, &self.vocabulary()?)
-            } else {
-                Err(PipelineError::Missing {
-                    message: format!("{} holds no checkpoint of that stage", self.paths.0.display()),
-                    hint: "run the pipeline first".into(),
-                }
-                .into())
-            };
-        };
-        let identity = self.identity()?;
-        match CheckpointStore::peek(&self.paths.checkpoints(stage), &identity)?.checkpoint {
-            Some(checkpoint) => read_decoder(&checkpoint),
-            None => Err(PipelineError::Missing {
-                message: format!("stage {stage} has no checkpoint yet"),
-                hint: "run the pipeline first".into(),
+        let last = || main.into_iter().find(|stage| has_checkpoints(&self.paths, stage));
+        let Some(stage) = stage.or_else(last).filter(|stage| has_checkpoints(&self.paths, stage)) else {
+            if stage.is_none() && step.is_none() && self.pipeline.model.path.is_some() {
+                let decoder = initial_decoder(&self.pipeline, &self.vocabulary()?)?;
+                return Ok(RunModel { decoder, checkpoint: None });
             }
-            .into()),
-        }
+            let message = format!("{} holds no checkpoint of that stage", self.paths.0.display());
+            return Err(missing(message, "run the pipeline first".into()));
+        };
+        let (root, identity) = (self.paths.checkpoints(stage), self.identity()?);
+        let checkpoint = match step {
+            Some(step) => CheckpointStore::peek_step(&root, &identity, step)?,
+            None => CheckpointStore::peek(&root, &identity)?.checkpoint,
+        };
+        let Some(checkpoint) = checkpoint else {
+            let steps: Vec<String> = CheckpointStore::steps(&root)?.iter().map(u64::to_string).collect();
+            let hint = format!("its checkpoints are of steps {}", steps.join(", "));
+            return Err(missing(format!("stage {stage} has no such checkpoint"), hint));
+        };
+        let step = checkpoint.step();
+        Ok(RunModel { decoder: read_decoder(&checkpoint)?.0, checkpoint: Some((stage.to_owned(), step)) })
     }
 
     fn identity(&self) -> Result<String, Error> {

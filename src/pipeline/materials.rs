@@ -140,9 +140,10 @@ fn last_documents(corpus: &CorpusConfig, count: usize) -> Result<Vec<String>, Er
 /// When it cannot be loaded, or tokenizer and model do not fit.
 pub(super) fn initial_decoder(pipeline: &Pipeline, vocabulary: &Vocabulary) -> Result<Decoder, Error> {
     let decoder = match (&pipeline.model.path, &pipeline.model.scratch) {
-        (Some(path), _) => Decoder::load(path)?,
+        (Some(path), _) => Decoder::load_as(path, pipeline.model.dtype)?,
         (None, Some(scratch)) => {
-            Decoder::from_scratch(scratch, vocabulary.tokenizer.vocab_size(), pipeline.seed)
+            let dtype = pipeline.model.dtype.unwrap_or_default();
+            Decoder::from_scratch(scratch, dtype, vocabulary.tokenizer.vocab_size(), pipeline.seed)
         }
         (None, None) => {
             return Err(PipelineError::Missing {

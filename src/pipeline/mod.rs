@@ -9,6 +9,7 @@ mod controls;
 mod directory;
 mod error;
 mod evaluate;
+mod export;
 mod health;
 mod materials;
 mod plan;
@@ -18,8 +19,9 @@ mod stage;
 mod summary;
 mod supervised;
 
-pub use directory::{RunDirectory, VerifyReport};
+pub use directory::{RunDirectory, RunModel, VerifyReport};
 pub use error::PipelineError;
+pub use export::ExportOptions;
 pub use plan::{Plan, plan};
 pub use run::{Paths, Run};
 
@@ -94,8 +96,8 @@ pub fn run(loaded: &Loaded, options: &RunOptions, interrupt: &Arc<AtomicBool>) -
     trained.cold_start = cold_start(&run, &trained)?;
     build_tasks(&run, "eval", &trained.base)?;
     if let Some(config) = &run.pipeline.train {
-        let start = || Ok((trained.start_of_train().inference_copy(), trained.metrics_bytes()));
-        let reference = || Ok(trained.start_of_train().inference_copy());
+        let start = || Ok((trained.start_of_train().clone(), trained.metrics_bytes()));
+        let reference = || Ok(trained.start_of_train().clone());
         trained.train = Some(reinforce(&run, config, start, reference)?);
     }
     if options.until == Until::Train {
@@ -231,7 +233,7 @@ fn learn_traces(
         hint: "set cold_start.source to parquet files with text, offset, thought and prediction".into(),
     })?;
     let stage = SupervisedStage { name: lesson.name, steps: lesson.steps, optimizer: &config.optimizer };
-    let start = || Ok((lesson.student.inference_copy(), metrics_bytes, Cursor::default()));
+    let start = || Ok((lesson.student.clone(), metrics_bytes, Cursor::default()));
     let positions = lesson.student.config().max_positions;
     run_supervised(run, &stage, start, |_| TraceExamples::open(run, config, traces, positions))
 }

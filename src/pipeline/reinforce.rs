@@ -477,7 +477,7 @@ pub(super) fn engine<'a>(
 ) -> Engine<'a> {
     let vocabulary = &run.vocabulary;
     let stop = StopRule {
-        eos: std::slice::from_ref(&vocabulary.special.eos),
+        eos: vocabulary.special.ends(),
         strings: &run.pipeline.rollout.stop,
         tokenizer: &vocabulary.tokenizer,
         max_new_tokens: run.pipeline.rollout.max_new_tokens,

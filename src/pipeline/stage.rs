@@ -4,7 +4,7 @@ use super::run::{Paths, Run};
 use crate::checkpoint::{CheckpointStore, TensorView};
 use crate::config::OptimizerConfig;
 use crate::error::Error;
-use crate::model::{Decoder, DecoderConfig};
+use crate::model::{Decoder, DecoderConfig, Dtype};
 use crate::report::MetricsLog;
 use crate::train::Trainer;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -103,18 +103,20 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
         let Some(checkpoint) = found.checkpoint else {
             let (decoder, metrics_bytes, source) = start()?;
             let metrics = run.metrics_at(name, metrics_bytes)?;
-            let trainer = Trainer::new(decoder, optimizer, updates)?;
+            let mut trainer = Trainer::new(decoder, optimizer, updates)?;
+            trainer.activation_bytes = run.pipeline.run.activation_bytes;
             let state =
                 StageState { step: 0, steps, metrics_bytes, flops: 0, tokens: 0, seconds: 0.0, source };
             let stage = Self { run, name, trainer, state, metrics, store, since: Instant::now() };
             return Ok(Opened::Open(Box::new(stage)));
         };
         let state: StageState<S> = checkpoint.json("state")?;
-        let decoder = read_decoder(&checkpoint)?;
+        let (decoder, parameters) = read_decoder(&checkpoint)?;
         if state.step >= state.steps {
             return Ok(Opened::Finished(Box::new(Finished { decoder, state })));
         }
-        let mut trainer = Trainer::new(decoder, optimizer, updates)?;
+        let mut trainer = Trainer::resume(decoder, parameters, optimizer, updates)?;
+        trainer.activation_bytes = run.pipeline.run.activation_bytes;
         let saved = checkpoint.tensors("optimizer")?;
         for (tensor, values) in trainer.optimizer_mut().state_mut() {
             saved.read_into(&tensor, values)?;
@@ -156,7 +158,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
             .map(|(parameter, shape)| TensorView {
                 name: &parameter.name,
                 shape,
-                data: &decoder.parameters()[parameter.range.clone()],
+                data: &trainer.parameters()[parameter.range.clone()],
             })
             .collect();
         let moments = trainer.optimizer().state();
@@ -166,7 +168,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
             .zip(&lengths)
             .map(|((name, data), shape)| TensorView { name, shape, data })
             .collect();
-        let config = decoder.config().to_json(0, None);
+        let config = decoder.config().to_json(decoder.dtype(), &[0], None);
         let committed = self.store.commit(state.step, &self.run.identity, |writer| {
             writer.tensors("model", &weights)?;
             writer.tensors("optimizer", &moments)?;
@@ -186,18 +188,20 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
     }
 }
 
-/// The decoder that a checkpoint holds.
+/// The decoder that a checkpoint holds, and its parameters in full precision.
 ///
 /// # Errors
 /// When its configuration or tensors are damaged.
-pub(super) fn read_decoder(checkpoint: &crate::checkpoint::Checkpoint) -> Result<Decoder, Error> {
+pub(super) fn read_decoder(checkpoint: &crate::checkpoint::Checkpoint) -> Result<(Decoder, Vec<f32>), Error> {
     let path = checkpoint.path().join("config.json");
-    let config = DecoderConfig::from_json(&path, &checkpoint.json("config")?)?;
+    let json: serde_json::Value = checkpoint.json("config")?;
+    let config = DecoderConfig::from_json(&path, &json)?;
+    let dtype = Dtype::of_name(json["torch_dtype"].as_str().unwrap_or_default()).unwrap_or_default();
     let weights = checkpoint.tensors("model")?;
     let layout = crate::model::Layout::new(&config);
     let mut parameters = vec![0.0; layout.len()];
     for parameter in layout.parameters() {
         weights.read_into(&parameter.name, &mut parameters[parameter.range.clone()])?;
     }
-    Ok(Decoder::new(config, parameters))
+    Ok((Decoder::new(config, dtype, &parameters), parameters))
 }

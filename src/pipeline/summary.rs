@@ -64,13 +64,22 @@ pub(super) fn write(run: &Run, trained: &Trained) -> Result<(), Error> {
 
 /// Writes the report of a run directory again.
 pub(super) fn report_again(paths: &Paths, pipeline: &Pipeline) -> Result<PathBuf, Error> {
+    report(paths, pipeline, &evaluations(paths)?, &covered(paths)?)
+}
+
+/// The tables of a run directory.
+pub(super) fn tables_of(paths: &Paths) -> Result<Vec<Table>, Error> {
+    Ok(tables(&evaluations(paths)?, &covered(paths)?))
+}
+
+/// Labels that the traces cover, as the summary says.
+fn covered(paths: &Paths) -> Result<BTreeSet<String>, Error> {
     let summary: Option<Value> = read_json(&paths.summary())?;
-    let covered = summary
+    Ok(summary
         .as_ref()
         .and_then(|summary| summary["covered_by_traces"].as_array())
         .map(|labels| labels.iter().filter_map(|label| label.as_str().map(String::from)).collect())
-        .unwrap_or_default();
-    report(paths, pipeline, &evaluations(paths)?, &covered)
+        .unwrap_or_default())
 }
 
 fn report(

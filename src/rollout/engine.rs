@@ -19,7 +19,7 @@ const LOGITS_AT_ONCE: usize = 1 << 23;
 #[derive(Clone)]
 pub struct StopRule<'a> {
     /// End tokens.
-    pub eos: &'a [u32],
+    pub eos: Vec<u32>,
     /// Stop strings.
     pub strings: &'a [String],
     /// Spells tokens, for stop strings.

@@ -6,10 +6,12 @@ use serde_json::Value;
 use std::path::Path;
 
 /// The special tokens that prompts and replies need.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpecialTokens {
-    /// Ends a reply.
+    /// Ends a reply; a reply that is written (in traces) ends with it.
     pub eos: u32,
+    /// Further tokens that end a sampled reply: some models have several.
+    pub other_ends: Vec<u32>,
     /// Starts a document, if the tokenizer has such a token.
     pub bos: Option<u32>,
 }
@@ -20,7 +22,8 @@ const WELL_KNOWN_ENDS: [&str; 6] = ["<|im_end|>", "<|eot_id|>", END, "</s>", "<|
 impl SpecialTokens {
     /// Finds the special tokens: those the pipeline names; else what the files beside the
     /// tokenizer say (`tokenizer_config.json`, then `config.json`, then `generation_config.json`);
-    /// else a well-known name. `bos` is what the tokenizer itself puts before a text.
+    /// else a well-known name. Unless the pipeline names the end, all ends that `generation_config.json`
+    /// (or, without it, `config.json`) lists count, as in transformers. `bos` is what the tokenizer itself puts before a text.
     ///
     /// # Errors
     /// Fails when a named token does not exist, a file is malformed, or no end token is found.
@@ -37,7 +40,13 @@ impl SpecialTokens {
             None => tokenizer.prefix().or_else(|| files.bos(tokenizer)).or_else(|| tokenizer.id_of(BOS)),
         };
         let eos = eos.ok_or_else(|| TokenizeError::NoEndToken { path: tokenizer.path().to_owned() })?;
-        Ok(Self { eos, bos })
+        let other_ends = if config.eos.is_some() { Vec::new() } else { files.other_ends(tokenizer, eos)? };
+        Ok(Self { eos, other_ends, bos })
+    }
+
+    /// Every token that ends a sampled reply, the main one first.
+    pub fn ends(&self) -> Vec<u32> {
+        std::iter::once(self.eos).chain(self.other_ends.iter().copied()).collect()
     }
 }
 
@@ -73,6 +82,20 @@ impl Beside {
             }
         }
         Ok(None)
+    }
+
+    /// What the last file that names ends says besides `main`.
+    fn other_ends(&self, tokenizer: &Tokenizer, main: u32) -> Result<Vec<u32>, TokenizeError> {
+        let named = self.models.iter().rev().find(|(_, json)| !json["eos_token_id"].is_null());
+        let Some((file, json)) = named else { return Ok(Vec::new()) };
+        let listed = json["eos_token_id"].as_array().cloned();
+        let ids = listed.unwrap_or_else(|| vec![json["eos_token_id"].clone()]);
+        let id = |id: &Value| match id.as_u64() {
+            Some(id) => known(tokenizer, id, file),
+            None => Err(TokenizeError::UnknownToken { place: (*file).to_owned(), token: id.to_string() }),
+        };
+        let ends: Result<Vec<u32>, _> = ids.iter().map(id).collect();
+        Ok(ends?.into_iter().filter(|end| *end != main).collect())
     }
 
     /// Only where a file asks for it: many models name a start token that they never use.

@@ -108,9 +108,17 @@ pub struct UpdateStats {
     pub learning_rate: f32,
 }
 
+/// Bytes of activations that all gradient lanes may hold unless [`Trainer::activation_bytes`] is set.
+const ACTIVATION_BYTES: u64 = 2 << 30;
+
 /// A decoder with its optimiser.
 pub struct Trainer {
     decoder: Decoder,
+    /// The parameters in full precision, which the decoder's are rounded from after every update.
+    parameters: Vec<f32>,
+    /// Bytes of activations that all lanes together may hold; where a micro-batch needs more, its
+    /// layers are computed again in the backward pass.
+    pub activation_bytes: u64,
     optimizer: Optimizer,
     lanes: Vec<Lane>,
 }
@@ -137,18 +145,31 @@ impl Trainer {
     ///
     /// # Errors
     /// When the optimiser refuses the decoder's layout.
-    pub fn new(mut decoder: Decoder, config: &OptimizerConfig, steps: u64) -> Result<Self, TrainError> {
-        decoder.make_trainable();
+    pub fn new(decoder: Decoder, config: &OptimizerConfig, steps: u64) -> Result<Self, TrainError> {
+        let parameters = decoder.parameters();
+        Self::resume(decoder, parameters, config, steps)
+    }
+
+    /// A trainer that goes on with parameters in full precision, of which the decoder's are rounded.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`].
+    pub fn resume(
+        decoder: Decoder,
+        parameters: Vec<f32>,
+        config: &OptimizerConfig,
+        steps: u64,
+    ) -> Result<Self, TrainError> {
         let optimizer = Optimizer::new(config, parameter_groups(&decoder), steps)?;
-        let lanes = (0..Self::gradient_buffers(decoder.parameters().len()))
+        let lanes = (0..Self::gradient_buffers(parameters.len()))
             .map(|_| Lane {
-                gradients: vec![0.0; decoder.parameters().len()],
+                gradients: vec![0.0; parameters.len()],
                 workspace: Workspace::default(),
                 tape: Tape::default(),
                 cache: decoder.new_cache(),
             })
             .collect();
-        Ok(Self { decoder, optimizer, lanes })
+        Ok(Self { decoder, parameters, activation_bytes: ACTIVATION_BYTES, optimizer, lanes })
     }
 
     /// Gradient buffers for a number of parameters.
@@ -176,9 +197,9 @@ impl Trainer {
         &mut self.optimizer
     }
 
-    /// Replaces the weights, on resuming.
-    pub fn set_parameters(&mut self, change: impl FnOnce(&mut [f32])) {
-        self.decoder.update(change);
+    /// The parameters in full precision, laid out as the decoder's layout says.
+    pub fn parameters(&self) -> &[f32] {
+        &self.parameters
     }
 
     /// One update from some micro-batches. The result depends on the micro-batches alone, not on
@@ -196,6 +217,8 @@ impl Trainer {
     ) -> Result<UpdateStats, TrainError> {
         let pass = Pass { decoder: &self.decoder, reference, loss, inverse_temperature };
         let count = self.lanes.len();
+        let tokens_on_tape =
+            self.activation_bytes / (count * self.decoder.tape_bytes_per_token()).max(1) as u64;
         let parts: Vec<Result<Totals, ModelError>> = self
             .lanes
             .par_iter_mut()
@@ -205,6 +228,7 @@ impl Trainer {
                 lane.workspace.flops = 0;
                 let mut totals = Totals::default();
                 for batch in batches.iter().skip(number).step_by(count) {
+                    lane.tape.recompute = batch.forest.ids().len() as u64 > tokens_on_tape;
                     totals.absorb(&lane.accumulate(pass, batch)?);
                 }
                 totals.flops = lane.workspace.flops;
@@ -225,11 +249,12 @@ impl Trainer {
             add(&mut first[0].gradients, &lane.gradients);
         }
         let (optimizer, gradients) = (&mut self.optimizer, &first[0].gradients);
-        let stats = self.decoder.update(|parameters| optimizer.step(parameters, gradients))?;
-        let count = self.decoder.parameters().iter().filter(|value| !value.is_finite()).count();
+        let stats = optimizer.step(&mut self.parameters, gradients)?;
+        let count = self.parameters.iter().filter(|value| !value.is_finite()).count();
         if count > 0 {
             return Err(TrainError::NonFiniteWeights { update, count });
         }
+        self.decoder.set_parameters(&self.parameters);
         Ok(UpdateStats { totals, gradient_norm: stats.gradient_norm, learning_rate: stats.learning_rate })
     }
 }

@@ -2,7 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, missing_docs)]
 
 use rpt::config::ScratchModel;
-use rpt::model::{Decoder, Forest};
+use rpt::model::{Decoder, Dtype, Forest};
 use rpt::random::Stream;
 use std::path::PathBuf;
 
@@ -36,9 +36,10 @@ pub(crate) fn shape(kind: usize) -> ScratchModel {
     }
 }
 
-/// A random model of a small shape.
+/// A random model of a small shape: kinds 0 to 2 in single precision, 3 in bf16, 4 in f16.
 pub(crate) fn model(kind: usize, vocab: usize) -> Decoder {
-    Decoder::from_scratch(&shape(kind), vocab, 11 + kind as u64)
+    let dtype = [Dtype::F32, Dtype::F32, Dtype::F32, Dtype::Bf16, Dtype::F16][kind];
+    Decoder::from_scratch(&shape(kind % 3), dtype, vocab, 11 + kind as u64)
 }
 
 /// A random forest of a few trees with up to three levels.

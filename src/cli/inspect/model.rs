@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use rpt::config::TokenizerConfig;
-use rpt::model::{DecoderConfig, Layout};
+use rpt::model::{DecoderConfig, Dtype, Layout};
 use rpt::tokenize::{SpecialTokens, Tokenizer};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -34,7 +34,7 @@ pub(super) fn inspect(directory: &Path) -> anyhow::Result<Value> {
 
 /// What config.json says about the decoder; token ids are the tokenizer's matter.
 fn shape(config: &DecoderConfig) -> Value {
-    let mut value = config.to_json(0, None);
+    let mut value = config.to_json(Dtype::F32, &[0], None);
     if let Some(map) = value.as_object_mut() {
         map.retain(|key, _| !matches!(key.as_str(), "bos_token_id" | "eos_token_id" | "torch_dtype"));
     }
@@ -83,7 +83,7 @@ fn tokenizer(path: &Path) -> rpt::Result<Option<Value>> {
     Ok(Some(json!({
         "ids": tokenizer.vocab_size(),
         "fingerprint": tokenizer.fingerprint(),
-        "eos": special.and_then(|special| tokenizer.name_of(special.eos)),
+        "eos": special.as_ref().and_then(|special| tokenizer.name_of(special.eos)),
         "bos": special.and_then(|special| special.bos).and_then(|bos| tokenizer.name_of(bos)),
     })))
 }

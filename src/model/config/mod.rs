@@ -1,12 +1,11 @@
 //! The shape of a decoder, read from a Hugging Face config.json.
 
-mod ends;
 mod read;
 mod rope;
 
-pub use ends::end_token_ids;
 pub use rope::{Llama3, RopeScaling, Yarn};
 
+use super::Dtype;
 use super::ModelError;
 use crate::config::ScratchModel;
 use crate::kernels::attention::Geometry;
@@ -147,7 +146,8 @@ impl DecoderConfig {
 
     /// config.json as transformers reads it; `rope_theta` and `rope_scaling` repeat what
     /// `rope_parameters` says, for programs that know the older spelling only.
-    pub fn to_json(&self, eos: u32, bos: Option<u32>) -> Value {
+    pub fn to_json(&self, dtype: Dtype, eos: &[u32], bos: Option<u32>) -> Value {
+        let eos = if let [one] = eos { json!(one) } else { json!(eos) };
         let rope = self.rope_scaling.to_json(self.rope_theta);
         let mut json = json!({
             "architectures": [self.architecture.class()],
@@ -169,7 +169,7 @@ impl DecoderConfig {
             "use_sliding_window": false,
             "bos_token_id": bos,
             "eos_token_id": eos,
-            "torch_dtype": "float32",
+            "torch_dtype": dtype.name(),
         });
         if self.rope_scaling != RopeScaling::Default {
             json["rope_scaling"] = rope;

@@ -122,15 +122,6 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Token ids: one, several or none.
-    pub(super) fn token_ids(&self, key: &str) -> Result<Vec<u32>, ModelError> {
-        let Some(value) = self.present(key) else { return Ok(Vec::new()) };
-        let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
-        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        let ids: Option<Vec<u32>> = list.iter().map(id).collect();
-        ids.ok_or_else(|| self.bad(format!("`{key}` is {value}, not a token id or a list of them")))
-    }
-
     /// The decoder that a config.json describes.
     pub(super) fn config(&self) -> Result<DecoderConfig, ModelError> {
         let architecture = self.architecture()?;

@@ -3,7 +3,8 @@
 
 use super::norm::sum_of_squares;
 use crate::config::OptimizerConfig;
-use crate::kernels::matmul::{Left, Packed, matmul};
+use crate::kernels::matmul::{Left, matmul};
+use crate::kernels::packed::Packed;
 
 /// Newton-Schulz iterations.
 const ITERATIONS: usize = 5;

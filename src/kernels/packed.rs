@@ -1,0 +1,217 @@
+//! The right-hand matrix of a product: panels of sixteen columns.
+
+use super::dtype::{Dtype, Element};
+use super::{LANES, pad};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Elements that one task packs at least.
+const ELEMENTS_PER_TASK: usize = 1 << 16;
+
+/// A matrix `[inner, columns]` packed into panels of sixteen columns.
+///
+/// For a linear layer with `weight [outputs, inputs]` a column holds one output's weights: this is
+/// the only place where a model's matrices are kept, in the model's number format.
+#[derive(Clone, Debug)]
+pub struct Packed {
+    pub(super) values: Values,
+    inner: usize,
+    columns: usize,
+}
+
+/// The panels, in one of the formats.
+#[derive(Clone, Debug)]
+pub(super) enum Values {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+    F16(Vec<f16>),
+}
+
+/// Evaluates an expression for the panels, whatever their format.
+macro_rules! for_values {
+    ($values:expr, $panels:ident => $body:expr) => {
+        match $values {
+            $crate::kernels::packed::Values::F32($panels) => $body,
+            $crate::kernels::packed::Values::Bf16($panels) => $body,
+            $crate::kernels::packed::Values::F16($panels) => $body,
+        }
+    };
+}
+pub(super) use for_values;
+
+impl Default for Packed {
+    fn default() -> Self {
+        Self { values: Values::F32(Vec::new()), inner: 0, columns: 0 }
+    }
+}
+
+impl Packed {
+    /// The zero matrix.
+    pub fn zeros(dtype: Dtype, inner: usize, columns: usize) -> Self {
+        let length = pad(columns) * inner;
+        let values = match dtype {
+            Dtype::F32 => Values::F32(vec![0.0; length]),
+            Dtype::Bf16 => Values::Bf16(vec![bf16::ZERO; length]),
+            Dtype::F16 => Values::F16(vec![f16::ZERO; length]),
+        };
+        Self { values, inner, columns }
+    }
+
+    /// A linear layer's row-major `weight [columns, inner]`, for its forward product.
+    pub fn of_weight(dtype: Dtype, weight: &[f32], columns: usize, inner: usize) -> Self {
+        assert_eq!(weight.len(), columns * inner, "weight shape");
+        let mut packed = Self::zeros(dtype, inner, columns);
+        packed.set_columns(0, weight);
+        packed
+    }
+
+    /// Inner dimension: the length of every chain.
+    pub fn inner(&self) -> usize {
+        self.inner
+    }
+
+    /// Output columns.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Replaces the columns from `first` on; `weights [count, inner]` is row-major. Values are rounded
+    /// to the format.
+    pub fn set_columns(&mut self, first: usize, weights: &[f32]) {
+        if self.inner == 0 {
+            return;
+        }
+        let (inner, columns) = (self.inner, first..first + weights.len() / self.inner);
+        assert!(columns.end <= self.columns && weights.len().is_multiple_of(inner), "weight shape");
+        for_values!(&mut self.values, panels => set_columns(panels, inner, &columns, weights));
+    }
+
+    /// Copies one column, widened, to `out [inner]`.
+    pub fn column(&self, column: usize, out: &mut [f32]) {
+        assert!(column < self.columns && out.len() == self.inner, "column out of range");
+        let start = column / LANES * LANES * self.inner + column % LANES;
+        for_values!(&self.values, panels => {
+            for (out, value) in out.iter_mut().zip(panels[start..].iter().step_by(LANES)) {
+                *out = value.widen_one();
+            }
+        });
+    }
+
+    /// Packs a row-major `matrix [inner, columns]` of passing values whose rows start `stride` elements
+    /// apart.
+    pub fn pack(&mut self, matrix: &[f32], inner: usize, columns: usize, stride: usize) {
+        assert!(inner == 0 || matrix.len() >= (inner - 1) * stride + columns, "matrix shape");
+        let values = self.reshape(inner, columns);
+        for (panel, values) in values.chunks_mut(LANES * inner.max(1)).enumerate() {
+            let first = panel * LANES;
+            let width = LANES.min(columns - first);
+            for k in 0..inner {
+                values[k * LANES..][..width].copy_from_slice(&matrix[k * stride + first..][..width]);
+            }
+        }
+    }
+
+    /// Packs the transpose of a row-major `matrix [columns, inner]` of passing values.
+    pub fn pack_transposed(&mut self, matrix: &[f32], columns: usize, inner: usize) {
+        assert_eq!(matrix.len(), columns * inner, "matrix shape");
+        self.reshape(inner, columns);
+        self.set_columns(0, matrix);
+    }
+
+    /// An `f32` matrix of zeros in the same memory.
+    fn reshape(&mut self, inner: usize, columns: usize) -> &mut [f32] {
+        (self.inner, self.columns) = (inner, columns);
+        if !matches!(self.values, Values::F32(_)) {
+            self.values = Values::F32(Vec::new());
+        }
+        let Values::F32(values) = &mut self.values else { return &mut [] };
+        values.clear();
+        values.resize(pad(columns) * inner, 0.0);
+        values
+    }
+}
+
+fn set_columns<T: Element>(panels: &mut [T], inner: usize, columns: &Range<usize>, weights: &[f32]) {
+    let size = LANES * inner;
+    let first_panel = columns.start / LANES;
+    let touched = &mut panels[first_panel * size..columns.end.div_ceil(LANES) * size];
+    touched.par_chunks_mut(size).with_min_len(ELEMENTS_PER_TASK.div_ceil(size)).enumerate().for_each(
+        |(at, panel)| {
+            let first = (first_panel + at) * LANES;
+            let lanes = columns.start.max(first)..columns.end.min(first + LANES);
+            let rows = &weights[(lanes.start - columns.start) * inner..(lanes.end - columns.start) * inner];
+            set_lanes(panel, inner, lanes.start - first, rows);
+        },
+    );
+}
+
+/// Writes some lanes of one panel; whole tiles are narrowed together.
+fn set_lanes<T: Element>(panel: &mut [T], inner: usize, first: usize, rows: &[f32]) {
+    let mut tile = [0.0; LANES * LANES];
+    if rows.len() == LANES * inner {
+        for (at, steps) in panel.chunks_mut(LANES * LANES).enumerate() {
+            let width = steps.len() / LANES;
+            for (lane, row) in rows.chunks_exact(inner).enumerate() {
+                for (k, value) in row[at * LANES..][..width].iter().enumerate() {
+                    tile[k * LANES + lane] = *value;
+                }
+            }
+            T::narrow(&tile[..steps.len()], steps);
+        }
+        return;
+    }
+    for (lane, row) in rows.chunks_exact(inner).enumerate() {
+        for (k, value) in row.iter().enumerate() {
+            panel[k * LANES + first + lane] = T::narrow_one(*value);
+        }
+    }
+}
+
+/// Widens sixteen inner steps of every panel, transposed, to `out [columns, 16]`: one panel of the
+/// matrix whose chains run over the columns. `first` is the first step; steps past the end are zero.
+pub(super) fn transpose_panel<T: Element>(
+    panels: &[T],
+    inner: usize,
+    columns: usize,
+    first: usize,
+    out: &mut [f32],
+) {
+    let width = LANES.min(inner - first);
+    let mut tile = [0.0; LANES * LANES];
+    for (panel, out) in panels.chunks_exact(LANES * inner).zip(out.chunks_mut(LANES * LANES)) {
+        T::widen(&panel[first * LANES..][..width * LANES], &mut tile[..width * LANES]);
+        for (lane, out) in out.chunks_exact_mut(LANES).enumerate() {
+            for (k, out) in out.iter_mut().enumerate() {
+                *out = tile[k * LANES + lane];
+            }
+        }
+    }
+    debug_assert!(out.len() == columns * LANES);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_come_back_rounded_to_the_format() {
+        let (inner, columns) = (37, 50);
+        let weight: Vec<f32> = (0..inner * columns).map(|i| (i as f32 * 0.37).sin()).collect();
+        for dtype in Dtype::ALL {
+            let whole = Packed::of_weight(dtype, &weight, columns, inner);
+            let mut parts = Packed::zeros(dtype, inner, columns);
+            for (first, last) in [(0, 3), (3, 40), (40, 50)] {
+                parts.set_columns(first, &weight[first * inner..last * inner]);
+            }
+            let (mut column, mut from_parts) = (vec![0.0; inner], vec![0.0; inner]);
+            for at in 0..columns {
+                let mut expected = weight[at * inner..][..inner].to_vec();
+                dtype.round(&mut expected);
+                whole.column(at, &mut column);
+                parts.column(at, &mut from_parts);
+                assert_eq!((&column, &from_parts), (&expected, &expected));
+            }
+        }
+    }
+}
