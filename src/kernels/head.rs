@@ -191,7 +191,8 @@ pub struct TargetGradient {
     pub inverse_temperature: f32,
 }
 
-/// Adds the gradients of hidden states `[rows, hidden]` and of the weight `[vocabulary, hidden]`.
+/// Adds the gradients of hidden states `[rows, hidden]` and, where it is trained, of the weight
+/// `[vocabulary, hidden]`.
 ///
 /// d logprob(t) / d logit(c) = `inverse_temperature` * ([c = t] - p(c)).
 pub fn backward(
@@ -199,7 +200,7 @@ pub fn backward(
     hidden: &[f32],
     targets: &[TargetGradient],
     grad_hidden: &mut [f32],
-    grad_weight: &mut [f32],
+    mut grad_weight: Option<&mut [f32]>,
 ) {
     let rows = targets.len();
     let normalizers = normalizers(head, hidden, targets);
@@ -219,8 +220,10 @@ pub fn backward(
             }
         });
         matmul_transposed(&logits, rows, block, grad_hidden, true);
-        let grad_block = &mut grad_weight[at * BLOCK * head.hidden..][..width * head.hidden];
-        matmul(Left::transposed(&logits, width), width, &packed_hidden, grad_block, true);
+        if let Some(grad_weight) = grad_weight.as_deref_mut() {
+            let grad_block = &mut grad_weight[at * BLOCK * head.hidden..][..width * head.hidden];
+            matmul(Left::transposed(&logits, width), width, &packed_hidden, grad_block, true);
+        }
     }
 }
 
@@ -317,7 +320,7 @@ mod tests {
                 .sum()
         };
         let (mut grad_hidden, mut grad_weight) = (vec![0.0; states.len()], vec![0.0; weight.len()]);
-        backward(&head, &states, &targets, &mut grad_hidden, &mut grad_weight);
+        backward(&head, &states, &targets, &mut grad_hidden, Some(&mut grad_weight));
         let shifted = |v: &[f32], at: usize, by: f32| {
             let mut v = v.to_vec();
             v[at] += by;

@@ -10,6 +10,7 @@ use crate::kernels::matmul::{Left, matmul, matmul_transposed};
 use crate::kernels::packed::Packed;
 use crate::kernels::parallel::for_each_row;
 use crate::kernels::{norm, swiglu};
+use std::ops::Range;
 
 /// Buffers of one backward pass.
 #[derive(Default)]
@@ -22,11 +23,10 @@ struct Buffers {
     keys: Vec<f32>,
     values: Vec<f32>,
     qkv: Vec<f32>,
-    packed: Packed,
 }
 
 impl Decoder {
-    /// Adds to `gradients` (laid out as the parameters) the gradient of
+    /// Adds to `gradients` (laid out as [`Decoder::trainable`]) the gradient of
     /// sum over i of `targets[i].coefficient x policy log-probability of targets[i].target`,
     /// predicted from the hidden state of row `rows[i]`.
     ///
@@ -41,7 +41,8 @@ impl Decoder {
         workspace: &mut Workspace,
     ) {
         let mut grad_x = vec![0.0; tape.residual.len()];
-        self.head_backward(tape, rows, targets, &mut grad_x, gradients);
+        let mut sink = Sink { decoder: self, gradients, unused: Vec::new(), packed: Packed::default() };
+        self.head_backward(tape, rows, targets, &mut grad_x, &mut sink);
         let (mut buffers, mut again) = (Buffers::default(), LayerTape::default());
         for layer in (0..self.config().layers).rev() {
             let saved = if tape.recompute {
@@ -51,12 +52,13 @@ impl Decoder {
             } else {
                 &tape.layers[layer]
             };
-            self.layer_backward(layer, tape, saved, cache, &mut grad_x, gradients, &mut buffers);
+            self.layer_backward(layer, tape, saved, cache, &mut grad_x, &mut sink, &mut buffers);
         }
         let hidden = self.config().hidden_size;
-        let embedding = &mut gradients[self.layout().embedding.clone()];
-        for (id, grad) in tape.ids.iter().zip(grad_x.chunks_exact(hidden)) {
-            add(&mut embedding[*id as usize * hidden..][..hidden], grad);
+        if let Some(embedding) = sink.entries(&self.layout().embedding) {
+            for (id, grad) in tape.ids.iter().zip(grad_x.chunks_exact(hidden)) {
+                add(&mut embedding[*id as usize * hidden..][..hidden], grad);
+            }
         }
         let pairs: usize = tape.tiles.iter().map(Tile::pairs).sum();
         // Twice the forward pass for the gradients of inputs and weights, and once more for the
@@ -71,15 +73,15 @@ impl Decoder {
         rows: &[usize],
         targets: &[TargetGradient],
         grad_x: &mut [f32],
-        gradients: &mut [f32],
+        sink: &mut Sink,
     ) {
         let hidden = self.config().hidden_size;
         let (states, scales) = self.final_norm(&tape.residual, rows);
         let mut grad_states = vec![0.0; states.len()];
-        let grad_weight = &mut gradients[self.layout().head.clone()];
+        let grad_weight = sink.entries(&self.layout().head);
         head::backward(&self.weights.head, &states, targets, &mut grad_states, grad_weight);
         let weight = &self.weights.final_norm;
-        let grad_norm = &mut gradients[self.layout().final_norm.clone()];
+        let grad_norm = sink.vector(&self.layout().final_norm);
         for ((row, scale), grad) in rows.iter().zip(scales).zip(grad_states.chunks_exact(hidden)) {
             let span = row * hidden..(row + 1) * hidden;
             norm::backward(&tape.residual[span.clone()], weight, scale, grad, &mut grad_x[span], grad_norm);
@@ -93,38 +95,29 @@ impl Decoder {
         saved: &LayerTape,
         cache: &KvCache,
         grad_x: &mut [f32],
-        gradients: &mut [f32],
+        sink: &mut Sink,
         buffers: &mut Buffers,
     ) {
         let at = &self.layout().layers[layer];
-        self.feed_forward_backward(layer, saved, at, grad_x, gradients, buffers);
+        self.feed_forward_backward(layer, saved, at, grad_x, sink, buffers);
         let config = self.config();
         let (rows, queries) = (tape.ids.len(), config.heads * config.head_dim);
         let weights = &self.weights.layers[layer];
         let grad_attended = sized(&mut buffers.attended, rows * queries);
         matmul_transposed(grad_x, rows, &weights[Matrix::Output], grad_attended, false);
-        let output = &mut gradients[at.output.clone()];
-        add_weight_gradient(
-            grad_x,
-            config.hidden_size,
-            &saved.attended,
-            queries,
-            output,
-            &mut buffers.packed,
-        );
+        sink.matrix(layer, Matrix::Output, grad_x, &saved.attended);
         if config.output_bias() {
-            let bias = &mut gradients[at.output_bias.clone()];
+            let bias = sink.vector(&at.output_bias);
             grad_x.chunks_exact(config.hidden_size).for_each(|row| add(bias, row));
         }
         self.attention_backward(layer, tape, saved, cache, buffers);
-        self.unturn(layer, saved, &tape.positions, gradients, buffers);
-        let (width, hidden) = (config.qkv_width(), config.hidden_size);
+        self.unturn(layer, saved, &tape.positions, sink, buffers);
+        let hidden = config.hidden_size;
         self.replay_norm(&saved.input, &weights[Vector::InputNorm], &saved.input_scales, &mut buffers.normed);
-        let weight = &mut gradients[at.qkv.clone()];
-        add_weight_gradient(&buffers.qkv, width, &buffers.normed, hidden, weight, &mut buffers.packed);
+        sink.matrix(layer, Matrix::Qkv, &buffers.qkv, &buffers.normed);
         let grad_normed = sized(&mut buffers.normed, rows * hidden);
         matmul_transposed(&buffers.qkv, rows, &weights[Matrix::Qkv], grad_normed, false);
-        let grad_weight = &mut gradients[at.input_norm.clone()];
+        let grad_weight = sink.vector(&at.input_norm);
         let weight = &weights[Vector::InputNorm];
         self.norm_backward(&saved.input, weight, &saved.input_scales, grad_normed, grad_x, grad_weight);
     }
@@ -135,7 +128,7 @@ impl Decoder {
         saved: &LayerTape,
         at: &LayerLayout,
         grad_x: &mut [f32],
-        gradients: &mut [f32],
+        sink: &mut Sink,
         buffers: &mut Buffers,
     ) {
         let (hidden, inner) = (self.config().hidden_size, self.config().intermediate_size);
@@ -144,8 +137,7 @@ impl Decoder {
         for_each_row(sized(&mut buffers.activated, rows * inner), inner, |row, out| {
             swiglu::forward(&gate_up[row * 2 * inner..][..2 * inner], out);
         });
-        let down = &mut gradients[at.down.clone()];
-        add_weight_gradient(grad_x, hidden, &buffers.activated, inner, down, &mut buffers.packed);
+        sink.matrix(layer, Matrix::Down, grad_x, &buffers.activated);
         let grad_activated = sized(&mut buffers.activated, rows * inner);
         matmul_transposed(grad_x, rows, &weights[Matrix::Down], grad_activated, false);
         let grad_activated = &buffers.activated;
@@ -159,11 +151,10 @@ impl Decoder {
             &saved.middle_scales,
             &mut buffers.normed,
         );
-        let weight = &mut gradients[at.gate_up.clone()];
-        add_weight_gradient(&buffers.inner, 2 * inner, &buffers.normed, hidden, weight, &mut buffers.packed);
+        sink.matrix(layer, Matrix::GateUp, &buffers.inner, &buffers.normed);
         let grad_normed = sized(&mut buffers.normed, rows * hidden);
         matmul_transposed(&buffers.inner, rows, &weights[Matrix::GateUp], grad_normed, false);
-        let grad_weight = &mut gradients[at.post_norm.clone()];
+        let grad_weight = sink.vector(&at.post_norm);
         let weight = &weights[Vector::PostNorm];
         self.norm_backward(&saved.middle, weight, &saved.middle_scales, grad_normed, grad_x, grad_weight);
     }
@@ -217,7 +208,7 @@ impl Decoder {
         layer: usize,
         saved: &LayerTape,
         positions: &[usize],
-        gradients: &mut [f32],
+        sink: &mut Sink,
         buffers: &mut Buffers,
     ) {
         let config = self.config();
@@ -239,13 +230,13 @@ impl Decoder {
                     let x = &saved.before_norm[row * width + head * dim..][..dim];
                     let scale = norm::forward(x, weight, config.norm_epsilon, &mut scratch);
                     scratch.fill(0.0);
-                    norm::backward(x, weight, scale, grad, &mut scratch, &mut gradients[range.clone()]);
+                    norm::backward(x, weight, scale, grad, &mut scratch, sink.vector(range));
                     grad.copy_from_slice(&scratch);
                 }
             }
         }
         if config.attention_bias {
-            let bias = &mut gradients[at.qkv_bias.clone()];
+            let bias = sink.vector(&at.qkv_bias);
             buffers.qkv.chunks_exact(width).for_each(|row| add(bias, row));
         }
     }
@@ -275,15 +266,46 @@ impl Decoder {
     }
 }
 
-/// `gradient [outputs, inputs] += grad_out^T [outputs, rows] x input [rows, inputs]`.
-fn add_weight_gradient(
-    grad_out: &[f32],
-    outputs: usize,
-    input: &[f32],
-    inputs: usize,
-    gradient: &mut [f32],
-    packed: &mut Packed,
-) {
-    packed.pack(input, input.len() / inputs, inputs, inputs);
-    matmul(Left::transposed(grad_out, outputs), outputs, packed, gradient, true);
+/// Where gradients go: to all parameters, or to those of the adapter alone.
+struct Sink<'a> {
+    decoder: &'a Decoder,
+    gradients: &'a mut [f32],
+    /// Takes the gradients of vectors that are not trained.
+    unused: Vec<f32>,
+    packed: Packed,
+}
+
+impl Sink<'_> {
+    /// The gradient of a vector.
+    fn vector(&mut self, range: &Range<usize>) -> &mut [f32] {
+        if self.decoder.adapter.is_none() {
+            return &mut self.gradients[range.clone()];
+        }
+        self.unused.resize(range.len(), 0.0);
+        &mut self.unused
+    }
+
+    /// The gradient of the embedding or the head, if it is trained.
+    fn entries(&mut self, range: &Range<usize>) -> Option<&mut [f32]> {
+        self.decoder.adapter.is_none().then(|| &mut self.gradients[range.clone()])
+    }
+
+    /// Adds `grad_out^T [outputs, rows] x input [rows, inputs]` to the gradient of a matrix.
+    fn matrix(&mut self, layer: usize, matrix: Matrix, grad_out: &[f32], input: &[f32]) {
+        let weight = &self.decoder.weights.layers[layer][matrix];
+        let (inputs, outputs) = (weight.inner(), weight.columns());
+        if let Some(adapter) = &self.decoder.adapter {
+            return adapter.add_gradient(layer, matrix, grad_out, outputs, input, self.gradients);
+        }
+        let at = &self.decoder.layout().layers[layer];
+        let range = match matrix {
+            Matrix::Qkv => &at.qkv,
+            Matrix::Output => &at.output,
+            Matrix::GateUp => &at.gate_up,
+            Matrix::Down => &at.down,
+        };
+        self.packed.pack(input, input.len() / inputs, inputs, inputs);
+        let left = Left::transposed(grad_out, outputs);
+        matmul(left, outputs, &self.packed, &mut self.gradients[range.clone()], true);
+    }
 }

@@ -1,6 +1,7 @@
 //! The forward pass that rollout and training share.
 
 use super::layout::{Matrix, Vector};
+use super::lora::Adapter;
 use super::weights::{LayerWeights, Weights};
 use super::{DecoderConfig, Dtype, Extension, KvCache, Layout, ModelError, RopeScaling};
 use crate::kernels::attention::{self, Tile};
@@ -19,6 +20,7 @@ pub struct Decoder {
     layout: Layout,
     pub(super) weights: Weights,
     pub(super) rotary: RotaryTable,
+    pub(super) adapter: Option<Adapter>,
 }
 
 /// Buffers of the forward pass, kept between calls.
@@ -91,7 +93,7 @@ impl Decoder {
 
     pub(super) fn of_weights(config: DecoderConfig, layout: Layout, weights: Weights) -> Self {
         let rotary = RotaryTable::new(&config.rotary(), config.max_positions);
-        Self { config, layout, weights, rotary }
+        Self { config, layout, weights, rotary, adapter: None }
     }
 
     /// The configuration.
@@ -109,8 +111,16 @@ impl Decoder {
         self.weights.dtype
     }
 
-    /// A flat copy of the parameters, laid out as [`Decoder::layout`] says.
+    /// Names and places of the parameters that are trained: all, or those of the adapter.
+    pub fn trainable(&self) -> &Layout {
+        self.adapter.as_ref().map_or(&self.layout, |adapter| &adapter.layout)
+    }
+
+    /// A flat copy of the parameters that are trained, laid out as [`Decoder::trainable`] says.
     pub fn parameters(&self) -> Vec<f32> {
+        if let Some(adapter) = &self.adapter {
+            return adapter.values.clone();
+        }
         let mut values = vec![0.0; self.layout.len()];
         for parameter in self.layout.parameters() {
             let rows = values[parameter.range.clone()].par_chunks_exact_mut(parameter.columns.max(1));
@@ -119,20 +129,24 @@ impl Decoder {
         values
     }
 
-    /// Replaces all weights by flat parameters, rounded to the decoder's number format.
+    /// Replaces the parameters that are trained; weights are rounded to the decoder's number format.
     ///
     /// # Panics
-    /// When the number of parameters does not fit the configuration.
+    /// When the number of parameters is another.
     pub fn set_parameters(&mut self, parameters: &[f32]) {
-        assert_eq!(self.layout.len(), parameters.len(), "parameters do not fit the configuration");
+        assert_eq!(self.trainable().len(), parameters.len(), "parameters do not fit the configuration");
+        if let Some(adapter) = &mut self.adapter {
+            adapter.values.copy_from_slice(parameters);
+            return adapter.merge_into(&mut self.weights);
+        }
         for parameter in self.layout.parameters() {
             let values = &parameters[parameter.range.clone()];
-            if !parameter.is_vector() {
-                self.weights.set_rows(parameter, 0, values);
-            } else {
+            if parameter.is_vector() {
                 let mut rounded = values.to_vec();
                 self.weights.dtype.round(&mut rounded);
                 self.weights.set_rows(parameter, 0, &rounded);
+            } else {
+                self.weights.set_rows(parameter, 0, values);
             }
         }
     }

@@ -36,7 +36,8 @@ impl Decoder {
         let config = DecoderConfig::load(directory)?;
         let files = TensorFiles::open(&weight_files(directory)?)?;
         let refuse = |problems| ModelError::Weights { path: directory.to_path_buf(), problems };
-        let layout = Layout::of_files(&config, &files).map_err(refuse)?;
+        let layout = Layout::new(&config);
+        layout.check_files(&files).map_err(refuse)?;
         let dtype = dtype.unwrap_or_else(|| common_dtype(&files, &layout));
         let mut weights = Weights::zeros(&config, dtype);
         let unread: Vec<String> = layout
@@ -73,39 +74,30 @@ impl Decoder {
         write_json(&directory.join("config.json"), &config)?;
         let generation = json!({ "bos_token_id": bos, "eos_token_id": config["eos_token_id"] });
         write_json(&directory.join("generation_config.json"), &generation)?;
+        let row = |parameter: &Parameter, row, out: &mut [f32]| self.weights.row(parameter, row, out);
         let shards = shards(self.layout().parameters(), dtype, shard_bytes);
         if let [all] = &shards[..] {
-            return self.write_tensors(&directory.join("model.safetensors"), all, dtype);
+            return write_tensors(&directory.join("model.safetensors"), all, dtype, &row);
         }
         let mut map = serde_json::Map::new();
         for (number, shard) in shards.iter().enumerate() {
             let name = format!("model-{:05}-of-{:05}.safetensors", number + 1, shards.len());
             map.extend(shard.iter().map(|parameter| (parameter.name.clone(), name.clone().into())));
-            self.write_tensors(&directory.join(&name), shard, dtype)?;
+            write_tensors(&directory.join(&name), shard, dtype, &row)?;
         }
         let total_size = self.layout().len() * dtype.bytes();
         let index = json!({ "metadata": { "total_size": total_size }, "weight_map": map });
         write_json(&directory.join("model.safetensors.index.json"), &index)
     }
-
-    fn write_tensors(&self, path: &Path, parameters: &[Parameter], dtype: Dtype) -> Result<(), ModelError> {
-        let view = |parameter| View { decoder: self, parameter, shape: Parameter::shape(parameter), dtype };
-        let views = parameters.iter().map(|parameter| (parameter.name.as_str(), view(parameter)));
-        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        safetensors::serialize_to_file(views, Some(metadata), path)
-            .map_err(|error| ModelError::io(path)(std::io::Error::other(error.to_string())))?;
-        make_readable(path).map_err(ModelError::io(path))
-    }
 }
 
 impl Layout {
-    /// The layout of a configuration, if the files hold exactly its tensors; else every misfit.
-    fn of_files(config: &DecoderConfig, files: &TensorFiles) -> Result<Self, Vec<String>> {
-        let layout = Self::new(config);
-        let mut problems = surplus(files, &layout);
-        problems.extend(layout.parameters().iter().filter_map(|parameter| misfit(files, parameter)));
+    /// Whether the files hold exactly the layout's tensors; else every misfit.
+    pub(super) fn check_files(&self, files: &TensorFiles) -> Result<(), Vec<String>> {
+        let mut problems = surplus(files, self);
+        problems.extend(self.parameters().iter().filter_map(|parameter| misfit(files, parameter)));
         problems.extend(files.repeated().map(|name| format!("tensor {name} is in two files")));
-        if problems.is_empty() { Ok(layout) } else { Err(problems) }
+        if problems.is_empty() { Ok(()) } else { Err(problems) }
     }
 }
 
@@ -140,23 +132,36 @@ fn surplus(files: &TensorFiles, layout: &Layout) -> Vec<String> {
     names.map(|name| format!("unexpected tensor {name}")).collect()
 }
 
-/// Reads a tensor whose shape and format were checked, a window of rows at a time.
+/// Reads a tensor whose shape and format were checked.
 fn read(files: &TensorFiles, parameter: &Parameter, weights: &mut Weights) -> Result<(), String> {
+    let narrows = weights.dtype == Dtype::F16;
+    read_rows(files, parameter, |first, rows| {
+        if narrows && rows.iter().any(|value| value.is_finite() && value.abs() > LARGEST_F16) {
+            let name = &parameter.name;
+            return Err(format!("{name} holds values that half precision cannot: load it as bf16 or f32"));
+        }
+        weights.set_rows(parameter, first, rows);
+        Ok(())
+    })
+}
+
+/// Hands a tensor, widened, to `take(first row, rows)`, a window of rows at a time.
+pub(super) fn read_rows(
+    files: &TensorFiles,
+    parameter: &Parameter,
+    mut take: impl FnMut(usize, &[f32]) -> Result<(), String>,
+) -> Result<(), String> {
     let name = &parameter.name;
     let tensor = files.get(name).ok_or_else(|| format!("missing tensor {name}"))?;
     let dtype = tensor.dtype.map_err(|dtype| format!("{name} has dtype {dtype}"))?;
     let row_bytes = parameter.columns * dtype.bytes();
     let rows_at_a_time = (WINDOW_BYTES / row_bytes.max(1)).max(1);
-    let overflows = weights.dtype == Dtype::F16 && dtype != Dtype::F16;
     let mut values = Vec::new();
     for first in (0..parameter.rows).step_by(rows_at_a_time) {
         let count = rows_at_a_time.min(parameter.rows - first);
         values.resize(count * parameter.columns, 0.0);
         tensor.window(first * row_bytes..(first + count) * row_bytes, |bytes| dtype.read(bytes, &mut values));
-        if overflows && values.iter().any(|value| value.abs() > LARGEST_F16) {
-            return Err(format!("{name} holds values that half precision cannot: load it as bf16 or f32"));
-        }
-        weights.set_rows(parameter, first, &values);
+        take(first, &values)?;
     }
     Ok(())
 }
@@ -176,7 +181,7 @@ fn shards(parameters: &[Parameter], dtype: Dtype, limit: u64) -> Vec<&[Parameter
     shards
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<(), ModelError> {
+pub(super) fn write_json(path: &Path, value: &Value) -> Result<(), ModelError> {
     std::fs::write(path, format!("{value:#}\n")).map_err(ModelError::io(path))
 }
 
@@ -207,9 +212,27 @@ pub fn directory_digest(directory: &Path) -> Result<String, ModelError> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
+/// Copies row `row` of a parameter to a slice of its columns.
+type RowSource<'a> = &'a dyn Fn(&Parameter, usize, &mut [f32]);
+
+/// Writes some parameters as one safetensors file, rounded to `dtype`.
+pub(super) fn write_tensors(
+    path: &Path,
+    parameters: &[Parameter],
+    dtype: Dtype,
+    source: RowSource,
+) -> Result<(), ModelError> {
+    let view = |parameter| View { source, parameter, shape: Parameter::shape(parameter), dtype };
+    let views = parameters.iter().map(|parameter| (parameter.name.as_str(), view(parameter)));
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    safetensors::serialize_to_file(views, Some(metadata), path)
+        .map_err(|error| ModelError::io(path)(std::io::Error::other(error.to_string())))?;
+    make_readable(path).map_err(ModelError::io(path))
+}
+
 /// A tensor to write: its bytes exist only while they are written.
 struct View<'a> {
-    decoder: &'a Decoder,
+    source: RowSource<'a>,
     parameter: &'a Parameter,
     shape: Vec<usize>,
     dtype: Dtype,
@@ -230,7 +253,7 @@ impl safetensors::View for View<'_> {
         let mut bytes = Vec::with_capacity(self.data_len());
         let mut values = vec![0.0; self.parameter.columns];
         for row in 0..self.parameter.rows {
-            self.decoder.weights.row(self.parameter, row, &mut values);
+            (self.source)(self.parameter, row, &mut values);
             self.dtype.write(&values, &mut bytes);
         }
         bytes.into()

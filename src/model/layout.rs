@@ -72,6 +72,8 @@ pub(super) enum Place {
         vector: Vector,
         first: usize,
     },
+    /// In an adapter, not among the weights.
+    Adapter,
 }
 
 impl Parameter {
@@ -180,7 +182,15 @@ impl Layout {
         at
     }
 
-    fn add(&mut self, name: String, rows: usize, columns: usize, role: Role, place: Place) -> Range<usize> {
+    /// Adds a parameter after the others.
+    pub(super) fn add(
+        &mut self,
+        name: String,
+        rows: usize,
+        columns: usize,
+        role: Role,
+        place: Place,
+    ) -> Range<usize> {
         let start = self.len();
         let range = start..start + rows * columns;
         self.parameters.push(Parameter { name, range: range.clone(), rows, columns, role, place });

@@ -9,6 +9,8 @@ mod files;
 mod forest;
 mod init;
 mod layout;
+mod lora;
+mod peft;
 mod tensors;
 mod weights;
 
@@ -19,6 +21,7 @@ pub use decoder::{Decoder, Tape, Workspace};
 pub use files::{SHARD_BYTES, directory_digest};
 pub use forest::{Forest, Segment};
 pub use layout::{Layout, Parameter, Role};
+pub use lora::{LoraShape, MODULES};
 
 use std::path::{Path, PathBuf};
 

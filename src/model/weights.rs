@@ -102,6 +102,7 @@ impl Weights {
             Place::Vector { layer, vector, first } => {
                 self.layers[layer][vector][first..][..rows.len()].copy_from_slice(rows);
             }
+            Place::Adapter => {}
         }
     }
 
@@ -115,6 +116,7 @@ impl Weights {
             Place::Vector { layer, vector, first } => {
                 out.copy_from_slice(&self.layers[layer][vector][first..][..parameter.columns]);
             }
+            Place::Adapter => {}
         }
     }
 }
