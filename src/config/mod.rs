@@ -56,8 +56,9 @@ pub struct Pipeline {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CorpusConfig {
-    /// A parquet file, a directory of them, a glob, or a directory with a `corpus.toml` that
-    /// describes a generated corpus.
+    /// A parquet file, a directory of them, a glob, a directory with a `corpus.toml` that describes
+    /// a generated corpus, or a dataset of the Hugging Face Hub:
+    /// `hf://datasets/owner/name[@revision][/files]`.
     pub source: String,
     /// Column that holds the text (string or large-string type).
     #[serde(default = "default_text_column")]
@@ -80,7 +81,8 @@ pub struct CorpusConfig {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TokenizerConfig {
-    /// A tokenizer.json; default: the one in `model.path`.
+    /// A tokenizer.json, or a model of the Hugging Face Hub (`hf://owner/name[@revision]`); default:
+    /// the one in `model.path`.
     #[serde(default)]
     pub path: Option<PathBuf>,
     /// Train a byte-level BPE on the corpus instead.
@@ -109,7 +111,8 @@ pub struct TokenizerTraining {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
-    /// A directory with config.json, safetensors weights and tokenizer.json.
+    /// A directory with config.json, safetensors weights and tokenizer.json, or a model of the Hugging
+    /// Face Hub: `hf://owner/name[@revision]`.
     #[serde(default)]
     pub path: Option<PathBuf>,
     /// The shape of a model that starts from random weights.

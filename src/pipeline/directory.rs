@@ -3,6 +3,7 @@
 use super::error::PipelineError;
 use super::evaluate::Evaluator;
 use super::materials::{Vocabulary, initial_decoder};
+use super::remote::{Scope, commits_of, localize};
 use super::run::{Paths, Run, resolved_text};
 use super::stage::{STAGES, has_checkpoints, read_decoder};
 use super::summary::report_again;
@@ -91,7 +92,14 @@ impl RunDirectory {
             }
             .into());
         }
-        Vocabulary::open(&self.pipeline, &self.pipeline.corpus, &directory, &Log::without_file())
+        let local = self.local(Scope::Tokenizer)?;
+        Vocabulary::open(&local, &local.corpus, &directory, &Log::without_file())
+    }
+
+    /// The pipeline with local paths for what is needed from the Hub, at the run's commits.
+    fn local(&self, scope: Scope) -> Result<Pipeline, Error> {
+        let commits = commits_of(&self.paths)?;
+        Ok(localize(&self.pipeline, scope, commits, &Log::without_file(), None)?.pipeline)
     }
 
     /// The model of a stage's newest intact checkpoint; default: of the last main stage that has one.
@@ -110,7 +118,7 @@ impl RunDirectory {
         let stage = stage.or_else(|| main.into_iter().find(|stage| has_checkpoints(&self.paths, stage)));
         let Some(stage) = stage.filter(|stage| has_checkpoints(&self.paths, stage)) else {
             return if stage.is_none() && self.pipeline.model.path.is_some() {
-                initial_decoder(&self.pipeline, &self.vocabulary()?)
+                initial_decoder(&self.local(Scope::Model)?, &self.vocabulary()?)
             } else {
                 Err(PipelineError::Missing {
                     message: format!("{} holds no checkpoint of that stage", self.paths.0.display()),
@@ -162,7 +170,7 @@ impl RunDirectory {
     /// The model before the cold start, whose entropies choose positions.
     fn base(&self, run: &Run) -> Result<Decoder, Error> {
         if self.pipeline.pretrain.is_none() {
-            return initial_decoder(&self.pipeline, &run.vocabulary);
+            return initial_decoder(&run.local, &run.vocabulary);
         }
         let finished = newest_state(&self.paths, "pretrain", &run.identity)?
             .is_some_and(|state| state["step"].is_u64() && state["step"] == state["steps"]);
