@@ -182,11 +182,16 @@ impl<'a> Client<'a> {
         let message = match error {
             // Its text repeats the address.
             ureq::Error::BadUri(_) | ureq::Error::Http(_) => "the address cannot be asked".into(),
+            ureq::Error::Io(error) if is_distrust(error) => {
+                format!("{error} (SSL_CERT_FILE names the authorities to trust instead of Mozilla's)")
+            }
+            ureq::Error::Io(error) => error.to_string(),
             error => error.to_string(),
         };
         let address = if address.starts_with('/') { self.shown(address) } else { shown(address) };
         let unreachable = HubError::Unreachable { address, message };
         match error {
+            ureq::Error::Io(error) if is_distrust(error) => Failure::Final(unreachable),
             ureq::Error::Io(_)
             | ureq::Error::Timeout(_)
             | ureq::Error::HostNotFound
@@ -266,9 +271,16 @@ fn answer(address: &str, message: &str) -> HubError {
     HubError::Answer { address: shown(address), message: message.into() }
 }
 
+/// Whether a connection failed because the other side did not prove who it is: rustls says so in this way.
+fn is_distrust(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::InvalidData
+}
+
 /// The authorities of a PEM file.
 fn authorities(path: &Path) -> Result<RootCerts, HubError> {
-    let text = fs::read(path).map_err(HubError::io(path))?;
+    let refuse = |message: String| HubError::Settings { variable: "SSL_CERT_FILE", message };
+    let unreadable = |error| refuse(format!("names {}, which cannot be read: {error}", path.display()));
+    let text = fs::read(path).map_err(unreadable)?;
     let certificates: Vec<_> = parse_pem(&text)
         .filter_map(|item| match item {
             Ok(PemItem::Certificate(certificate)) => Some(certificate),
@@ -276,8 +288,7 @@ fn authorities(path: &Path) -> Result<RootCerts, HubError> {
         })
         .collect();
     if certificates.is_empty() {
-        let message = format!("names {}, which holds no certificate", path.display());
-        return Err(HubError::Settings { variable: "SSL_CERT_FILE", message });
+        return Err(refuse(format!("names {}, which holds no certificate", path.display())));
     }
     Ok(RootCerts::Specific(Arc::new(certificates)))
 }

@@ -3,7 +3,7 @@
 use super::cache::RepositoryCache;
 use super::client::Client;
 use super::listing::{Entry, Listing};
-use super::snapshot::missing_files;
+use super::snapshot::{Absent, missing_files};
 use super::store::remove;
 use super::transfer::Transfer;
 use super::{Hub, HubError, HubReference, Selection, Snapshot};
@@ -19,22 +19,29 @@ impl Hub<'_> {
         cache: &RepositoryCache,
         reference: &HubReference,
         selection: Selection,
-    ) -> Result<Snapshot, HubError> {
+    ) -> Result<Snapshot, Absent> {
         let client = Client::new(self, reference)?;
-        let (commit, listing) = client.listing()?;
+        let (commit, listing) = client.listing().map_err(|error| match error {
+            HubError::Unreachable { .. } => Absent::Because(error.to_string()),
+            error => Absent::Failed(error),
+        })?;
         (self.say)(&format!("{reference} is commit {commit}"));
         for look in 0..LOOKS {
             let missing = missing_files(cache, &commit, reference, selection, &listing)?;
             if look == 0 {
-                cache.keep_listing(&commit, &listing)?;
+                match cache.keep_listing(&commit, &listing) {
+                    // A cache that nobody may write can be complete.
+                    Err(error) if missing.is_empty() => {
+                        (self.say)(&format!("the listing is not kept: {error}"));
+                    }
+                    kept => kept?,
+                }
             }
             for (number, name) in missing.iter().enumerate() {
                 self.obtain_file(&client, cache, &commit, name, &listing, (number + 1, missing.len()))?;
             }
         }
-        if commit != reference.revision {
-            cache.note_commit(&reference.revision, &commit)?;
-        }
+        cache.note_commit(&reference.revision, &commit)?;
         Ok(Snapshot { directory: cache.snapshot(&commit), commit })
     }
 

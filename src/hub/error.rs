@@ -154,7 +154,9 @@ impl HubError {
                 first.parent().unwrap_or(first).display()
             ),
             Self::Unreachable { .. } => {
-                "check the network, HF_ENDPOINT and HTTPS_PROXY; HF_HUB_OFFLINE=1 uses the cache alone".into()
+                "check the network, HF_ENDPOINT and HTTPS_PROXY, and run the same command again: the download goes on where it \
+                 stopped"
+                    .into()
             }
             Self::NotFound { what: "repository", .. } => {
                 "check the spelling; private and gated repositories are only shown to a token that may read them: set \
@@ -188,14 +190,6 @@ impl HubError {
             }
             Self::Io { .. } => "check the permissions of the cache; HF_HOME moves it".into(),
         })
-    }
-
-    /// Why nothing can be downloaded, if the cache as it is may still serve.
-    pub(super) fn absence(&self) -> Option<String> {
-        match self {
-            Self::Unreachable { .. } => Some(self.to_string()),
-            _ => None,
-        }
     }
 
     /// An input/output error at a path.

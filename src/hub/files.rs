@@ -207,7 +207,7 @@ mod tests {
         assert_eq!(found("").unwrap().len(), 3);
         assert_eq!(found("/data").unwrap().len(), 2);
         assert_eq!(found("/data/train-*.parquet").unwrap(), ["data/train-0.parquet"]);
-        assert_eq!(found("/more/*.parquet").map(|found| found.len()).unwrap_or(0), 0);
+        assert_eq!(found("/more/*.parquet").map_or(0, |found| found.len()), 0);
         assert_eq!(found("/**/x.parquet").unwrap(), ["more/deep/x.parquet"]);
         let error = select(Selection::Dataset, "hf://datasets/o/n", &["a.csv"]).unwrap_err();
         assert!(error.hint().unwrap().contains("hf://datasets/o/n@refs/convert/parquet"), "{error}");

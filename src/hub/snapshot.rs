@@ -104,7 +104,7 @@ impl Hub<'_> {
         let reason = match self.obtain(&cache, reference, selection) {
             Ok(snapshot) => return Ok(snapshot),
             Err(Absent::Because(reason)) => reason,
-            Err(Absent::Failed(error)) => error.absence().ok_or(error)?,
+            Err(Absent::Failed(error)) => return Err(error),
         };
         let snapshot = Self::as_it_is(&cache, reference, selection, &reason)?;
         let commit = &snapshot.commit;
@@ -130,7 +130,7 @@ impl Hub<'_> {
         if self.settings.offline {
             return Err(Absent::Because("HF_HUB_OFFLINE forbids to download it".into()));
         }
-        self.download(cache, reference, selection).map_err(Absent::Failed)
+        self.download(cache, reference, selection)
     }
 
     /// The snapshot of the last known commit, if what cannot be done without is there.
@@ -191,12 +191,19 @@ fn not_cached(
 }
 
 /// Why a snapshot could not be downloaded.
-enum Absent {
-    /// It was not tried.
+pub(super) enum Absent {
+    /// The Hub was not asked, or not reached: the cache as it is may serve.
     Because(String),
-    /// It was tried.
-    #[cfg_attr(not(feature = "hub"), expect(dead_code, reason = "nothing is tried without the feature"))]
+    /// The Hub was reached and something went wrong.
+    #[cfg_attr(not(feature = "hub"), expect(dead_code, reason = "nobody is asked without the feature"))]
     Failed(HubError),
+}
+
+#[cfg(feature = "hub")]
+impl From<HubError> for Absent {
+    fn from(error: HubError) -> Self {
+        Self::Failed(error)
+    }
 }
 
 /// The snapshot that a listing proves to be complete.

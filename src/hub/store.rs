@@ -61,8 +61,11 @@ impl RepositoryCache {
         })
     }
 
-    /// Notes which commit a branch or tag is.
+    /// Notes which commit a branch or tag is, unless that is known.
     pub(super) fn note_commit(&self, revision: &str, commit: &str) -> Result<(), HubError> {
+        if self.commit(revision)?.as_deref() == Some(commit) {
+            return Ok(());
+        }
         write(&self.reference(revision), commit.as_bytes())
     }
 
