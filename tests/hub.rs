@@ -5,15 +5,16 @@
 #[path = "common/command.rs"]
 mod command;
 mod common;
+#[path = "hub/fixtures.rs"]
+mod fixtures;
 #[path = "hub/server.rs"]
 mod server;
 
-use command::{RPT, refuses, stderr, stdout, texts, write_texts};
-use rpt::config::TokenizerConfig;
+use command::{RPT, refuses, stderr, stdout};
+use fixtures::{dataset_files, has_extension, model_files, parquet, small, write_model};
 use rpt::hub::{Hub, HubError, HubReference, HubSettings, Selection, Snapshot, Token};
-use rpt::tokenize::{SpecialTokens, train_byte_level_bpe};
 use serde_json::Value;
-use server::{FakeHub, Fault, Files, RemoteFile, Request, SIGNATURE, TOKEN, git_hash};
+use server::{FakeHub, Fault, RemoteFile, Request, SIGNATURE, TOKEN, git_hash};
 use std::cell::RefCell;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -113,64 +114,6 @@ fn fetch_with(
     let said = said.borrow().clone();
     assert!(!said.contains(TOKEN) && !said.contains(SIGNATURE), "a secret is shown: {said}");
     (result, said)
-}
-
-fn small(content: &str) -> RemoteFile {
-    RemoteFile { content: content.into(), large: false }
-}
-
-fn has_extension(name: &str, extensions: &[&str]) -> bool {
-    Path::new(name).extension().is_some_and(|found| extensions.iter().any(|extension| found == *extension))
-}
-
-/// The files of a directory; weights and parquet are stored apart.
-fn files_of(directory: &Path) -> Files {
-    let entries = fs::read_dir(directory).unwrap().map(Result::unwrap);
-    let file = |entry: fs::DirEntry| {
-        let name = entry.file_name().into_string().unwrap();
-        let large = has_extension(&name, &["safetensors", "parquet"]);
-        (name, RemoteFile { content: fs::read(entry.path()).unwrap(), large })
-    };
-    entries.map(file).collect()
-}
-
-/// A random model with its tokenizer.
-fn write_model(directory: &Path) {
-    let tokenizer = train_byte_level_bpe(texts(50).into_iter(), 300).unwrap();
-    let special = SpecialTokens::resolve(&tokenizer, &TokenizerConfig::default()).unwrap();
-    common::model(0, tokenizer.vocab_size()).save(directory, special.eos, special.bos).unwrap();
-    tokenizer.save(directory, &special).unwrap();
-}
-
-/// A repository as people publish them, with things that are none of a program's business.
-fn model_files() -> Files {
-    let directory = tempfile::tempdir().unwrap();
-    write_model(directory.path());
-    let mut files = files_of(directory.path());
-    files.insert("README.md".into(), small("# Tiny\n"));
-    files.insert("LICENSE".into(), small(""));
-    files.insert("pytorch_model.bin".into(), RemoteFile { content: b"pickle".to_vec(), large: true });
-    files.insert("modeling_tiny.py".into(), small("import os\n"));
-    files
-}
-
-fn parquet(count: usize) -> RemoteFile {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("x.parquet");
-    write_texts(&path, &texts(count));
-    RemoteFile { content: fs::read(path).unwrap(), large: true }
-}
-
-/// Two training files, one for testing, and a card.
-fn dataset_files() -> Files {
-    [
-        ("README.md", small("# Texts\n")),
-        ("data/train-0.parquet", parquet(12)),
-        ("data/train-1.parquet", parquet(5)),
-        ("data/test-0.parquet", parquet(3)),
-    ]
-    .map(|(name, file)| (name.to_owned(), file))
-    .into()
 }
 
 fn file_names(directory: &Path) -> Vec<String> {
