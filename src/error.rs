@@ -3,6 +3,7 @@
 use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
 use crate::corpus::CorpusError;
+use crate::hub::HubError;
 use crate::ledger::LedgerError;
 use crate::model::ModelError;
 use crate::pipeline::PipelineError;
@@ -20,6 +21,9 @@ pub enum Error {
     /// A pipeline file was refused.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A model or dataset of the Hugging Face Hub could not be had.
+    #[error(transparent)]
+    Hub(#[from] HubError),
     /// The corpus could not be read.
     #[error(transparent)]
     Corpus(#[from] CorpusError),
@@ -54,6 +58,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Config(error) => error.hint(),
+            Self::Hub(error) => error.hint(),
             Self::Corpus(error) => error.hint(),
             Self::Tokenize(error) => error.hint(),
             Self::Tasks(error) => error.hint(),
@@ -66,12 +71,12 @@ impl Error {
         }
     }
 
-    /// Exit code for scripts: 2 for a pipeline file that must change, 75 for an interrupted run
+    /// Exit code for scripts: 2 for a pipeline file or reference that must change, 75 for an interrupted run
     /// that goes on when it is run again, 1 for everything else.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) => 2,
-            Self::Pipeline(PipelineError::Interrupted { .. }) => 75,
+            Self::Config(_) | Self::Hub(HubError::Reference { .. }) => 2,
+            Self::Pipeline(PipelineError::Interrupted { .. }) | Self::Hub(HubError::Interrupted { .. }) => 75,
             _ => 1,
         }
     }

@@ -9,6 +9,7 @@ pub mod config;
 pub mod corpus;
 mod error;
 pub mod eval;
+pub mod hub;
 pub mod kernels;
 pub mod ledger;
 pub mod model;

@@ -106,6 +106,8 @@ fn pipeline_files_are_refused_with_a_place_and_a_hint() {
     refused(PIPELINE, &["train.steps"], &["--set train.steps: no `=`"]);
     refused(PIPELINE, &["train.stpes=3"], &["did you mean `steps`?"]);
     refused(PIPELINE, &["rollout.samples_per_task=1"], &["rollout.samples_per_task"]);
+    refused(PIPELINE, &["model.path=hf://datasets/o/n"], &["model.path", "a model is needed"]);
+    refused(PIPELINE, &["corpus.source=hf://datasets/o"], &["corpus.source", "an owner and a name"]);
     refuses(&rpt(["run", "absent.toml"]), 2, &["absent.toml"]);
 }
 
@@ -255,6 +257,47 @@ fn parquet_files_are_inspected() {
     let column = rpt(["inspect", directory.path().to_str().unwrap(), "--text-column", "txt"]);
     refuses(&column, 1, &["txt", "did you mean `text`?"]);
     refuses(&rpt(["inspect", "no/such/thing"]), 1, &["no/such/thing"]);
+}
+
+/// Reading the cache of the Hub takes no cargo feature and no network.
+#[test]
+fn a_model_of_the_hub_is_found_in_the_cache_or_asked_for_with_its_place() {
+    let home = tempfile::tempdir().unwrap();
+    let logprobs = |model: &str| {
+        let mut command = Command::new(RPT);
+        command.env_clear().env("HF_HOME", home.path()).stdin(Stdio::null());
+        if cfg!(feature = "hub") {
+            command.env("HF_HUB_OFFLINE", "1");
+        }
+        command.args(["logprobs", "--ids", "1,2", "--json", "--model", model]).output().unwrap()
+    };
+    let reason = if cfg!(feature = "hub") { "HF_HUB_OFFLINE" } else { "without the feature `hub`" };
+    let place = home.path().join("hub/models--o--n");
+    let (refs, snapshots) = (place.join("refs/main"), place.join("snapshots/COMMIT"));
+    let layout = ["config.json", refs.to_str().unwrap(), snapshots.to_str().unwrap()];
+    refuses(
+        &logprobs("hf://o/n"),
+        1,
+        &[&["hf://o/n@main is not in the cache", reason], &layout[..]].concat(),
+    );
+    for wrong in ["hf://o", "hf://o/n/config.json", "hf://../n", "hf://datasets/o/n"] {
+        refuses(&logprobs(wrong), 2, &[wrong, "hf://owner/name"]);
+    }
+
+    // Put there by hand, as the hint says.
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    fs::create_dir_all(place.join("refs")).unwrap();
+    fs::write(refs, commit).unwrap();
+    let snapshot = place.join("snapshots").join(commit);
+    write_model(&snapshot);
+    for model in ["hf://o/n", "hf://o/n@0123456789abcdef0123456789abcdef01234567"] {
+        let output = logprobs(model);
+        assert!(output.status.success(), "{}", command::stderr(&output));
+        assert!(command::stderr(&output).contains(commit) && command::stderr(&output).contains(reason));
+        assert_eq!(json(&command::stdout(&output))["logprobs"].as_array().unwrap().len(), 1);
+    }
+    fs::remove_file(snapshot.join("model.safetensors")).unwrap();
+    refuses(&logprobs("hf://o/n"), 1, &["not in the cache", snapshot.to_str().unwrap()]);
 }
 
 /// Tasks of a few documents under `directory/tasks`, with the model that scored them in `directory`.

@@ -28,6 +28,9 @@ pub(super) struct Arguments {
     /// Bytes of tensors in one file; more are split into shards with an index
     #[arg(long, value_name = "N", default_value_t = SHARD_BYTES)]
     shard_bytes: u64,
+    /// Write the low-rank adapter alone, as a PEFT directory, instead of the merged model
+    #[arg(long)]
+    adapter: bool,
 }
 
 impl Arguments {
@@ -40,6 +43,7 @@ impl Arguments {
             step: self.step,
             dtype: self.dtype,
             shard_bytes: self.shard_bytes,
+            adapter: self.adapter,
         };
         run.export(&partial, &options)?;
         fs::rename(&partial, &self.out).with_context(|| format!("cannot write {}", self.out.display()))?;

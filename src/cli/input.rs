@@ -1,5 +1,6 @@
 //! What several commands read: a model, and a text.
 
+use super::output;
 use anyhow::Context;
 use rpt::config::{Pipeline, TokenizerConfig};
 use rpt::model::{Decoder, Dtype};
@@ -37,11 +38,16 @@ pub(super) fn read_text(text: Option<&str>, file: Option<&Path>) -> anyhow::Resu
     std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
+/// Says what the Hub is asked for.
+pub(super) fn say(line: &str) {
+    output::note(line);
+}
+
 /// A model directory, or a run and one of its stages.
 #[derive(clap::Args)]
 #[group(required = true, multiple = false)]
 pub(super) struct ModelArguments {
-    /// Hugging Face directory with weights and tokenizer
+    /// Hugging Face directory with weights and tokenizer, or `hf://owner/name`
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Run directory: its newest model, prompt template and sampling settings
@@ -76,8 +82,10 @@ impl Model {
         Ok(Self { decoder: run.decoder(stage)?, tokenizer, special, pipeline })
     }
 
+    /// A local directory, or a model of the Hub.
     pub(super) fn of_directory(directory: &Path, dtype: Option<Dtype>) -> rpt::Result<Self> {
-        let decoder = Decoder::load_as(directory, dtype)?;
+        let directory = rpt::hub::resolve_model(directory, &say)?;
+        let decoder = Decoder::load_as(&directory, dtype)?;
         let tokenizer = Tokenizer::load(&directory.join("tokenizer.json"))?;
         let special = SpecialTokens::resolve(&tokenizer, &TokenizerConfig::default())?;
         Ok(Self { decoder, tokenizer, special, pipeline: None })

@@ -1,7 +1,7 @@
 //! `rpt logprobs`: what a model says about a sequence.
 
 use super::failure::Usage;
-use super::input::{Model, dtype, read_text};
+use super::input::{Model, dtype, read_text, say};
 use super::output;
 use rpt::model::{Decoder, Dtype, Forest, ModelError, Workspace};
 use serde::Serialize;
@@ -13,7 +13,7 @@ const ROWS_AT_ONCE: usize = 256;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Hugging Face directory
+    /// Hugging Face directory, or `hf://owner/name`
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     #[command(flatten)]
@@ -62,7 +62,8 @@ impl Arguments {
     fn load(&self) -> anyhow::Result<(Decoder, Vec<u32>)> {
         let Sequence { ids, text, text_file } = &self.sequence;
         if text.is_none() && text_file.is_none() {
-            let decoder = Decoder::load_as(&self.model, self.dtype).map_err(rpt::Error::from)?;
+            let directory = rpt::hub::resolve_model(&self.model, &say).map_err(rpt::Error::from)?;
+            let decoder = Decoder::load_as(&directory, self.dtype).map_err(rpt::Error::from)?;
             return Ok((decoder, ids.clone()));
         }
         let text = read_text(text.as_deref(), text_file.as_deref())?;

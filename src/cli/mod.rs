@@ -77,7 +77,7 @@ enum Command {
     /// Show what a file or directory holds
     ///
     /// Knows parquet files (also directories and globs of them), generated corpora, task directories, model
-    /// directories, run directories and checkpoints.
+    /// directories, run directories, checkpoints, and models and datasets of the Hugging Face Hub.
     #[command(after_help = help("rpt inspect runs/quickstart/tasks/train"))]
     Inspect(inspect::Arguments),
     /// Print the JSON schema of the pipeline file

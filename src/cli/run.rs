@@ -24,7 +24,8 @@ pub(super) struct Arguments {
     /// Run directory [default: named after the pipeline file]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Resolve and check everything, print the plan with its derived sizes, and touch nothing
+    /// Resolve and check everything, print the plan with its derived sizes, and touch nothing (of a model on
+    /// the Hub the configuration is fetched)
     #[arg(long)]
     dry_run: bool,
     /// Print JSON

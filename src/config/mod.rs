@@ -10,6 +10,7 @@ mod validate;
 pub use load::{ConfigError, Loaded, load, parse};
 
 use crate::kernels::dtype::Dtype;
+use crate::model::MODULES;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -57,8 +58,9 @@ pub struct Pipeline {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CorpusConfig {
-    /// A parquet file, a directory of them, a glob, or a directory with a `corpus.toml` that
-    /// describes a generated corpus.
+    /// A parquet file, a directory of them, a glob, a directory with a `corpus.toml` that describes
+    /// a generated corpus, or a dataset of the Hugging Face Hub:
+    /// `hf://datasets/owner/name[@revision][/files]`.
     pub source: String,
     /// Column that holds the text (string or large-string type).
     #[serde(default = "default_text_column")]
@@ -81,7 +83,8 @@ pub struct CorpusConfig {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TokenizerConfig {
-    /// A tokenizer.json; default: the one in `model.path`.
+    /// A tokenizer.json, or a model of the Hugging Face Hub (`hf://owner/name[@revision]`); default:
+    /// the one in `model.path`.
     #[serde(default)]
     pub path: Option<PathBuf>,
     /// Train a byte-level BPE on the corpus instead.
@@ -110,7 +113,8 @@ pub struct TokenizerTraining {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
-    /// A directory with config.json, safetensors weights and tokenizer.json.
+    /// A directory with config.json, safetensors weights and tokenizer.json, or a model of the Hugging
+    /// Face Hub: `hf://owner/name[@revision]`.
     #[serde(default)]
     pub path: Option<PathBuf>,
     /// The shape of a model that starts from random weights.
@@ -120,6 +124,29 @@ pub struct ModelConfig {
     /// run in `f32`, and training keeps parameters in `f32` that the weights are rounded from.
     #[serde(default)]
     pub dtype: Option<Dtype>,
+    /// Train a low-rank adapter instead of the model's own weights.
+    #[serde(default)]
+    pub lora: Option<LoraConfig>,
+}
+
+/// `[model.lora]`: a low-rank adapter (LoRA, arXiv 2106.09685) on a model that stays as it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoraConfig {
+    /// Inner dimension of the product that is added to each matrix.
+    pub rank: usize,
+    /// The product is multiplied by alpha / rank.
+    pub alpha: f32,
+    /// Modules with an adapter, as their tensors are called.
+    pub target_modules: Vec<String>,
+    /// A PEFT directory to go on from; its rank, alpha and modules then count.
+    pub path: Option<PathBuf>,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self { rank: 16, alpha: 32.0, target_modules: MODULES.map(String::from).to_vec(), path: None }
+    }
 }
 
 /// `[model.scratch]`: a Qwen2-like decoder from random weights.

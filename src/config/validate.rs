@@ -1,6 +1,9 @@
 //! Combinations of values that could not work, refused before anything runs.
 
 use super::{ConfigError, OptimizerConfig, Pipeline};
+use crate::hub::{HubError, HubReference, RepositoryKind, is_remote};
+use crate::model::MODULES;
+use std::path::{Path, PathBuf};
 
 type Check = Result<(), ConfigError>;
 
@@ -14,10 +17,31 @@ impl Pipeline {
     /// # Errors
     /// Names the first key that cannot work, why, and what to do.
     pub fn validate(&self) -> Check {
+        self.validate_references()?;
         self.validate_model()?;
         self.validate_tasks()?;
         self.validate_rollout()?;
         self.validate_stages()
+    }
+
+    /// Names on the Hub are read here, long before they are asked for.
+    fn validate_references(&self) -> Check {
+        let text = |path: &'_ Option<PathBuf>| path.as_deref().and_then(Path::to_str).map(str::to_owned);
+        let cold_start = self.cold_start.as_ref().and_then(|stage| stage.source.clone());
+        let held_out = self.eval.as_ref().and_then(|eval| eval.source.clone());
+        let (model, dataset) = (RepositoryKind::Model, RepositoryKind::Dataset);
+        [
+            ("model.path", text(&self.model.path), model),
+            ("tokenizer.path", text(&self.tokenizer.path), model),
+            ("tasks.proxy", text(&self.tasks.proxy), model),
+            ("corpus.source", Some(self.corpus.source.clone()), dataset),
+            ("tasks.source", self.tasks.source.clone(), dataset),
+            ("cold_start.source", cold_start, dataset),
+            ("eval.source", held_out, dataset),
+        ]
+        .into_iter()
+        .filter_map(|(key, text, kind)| Some((key, text.filter(|text| is_remote(text))?, kind)))
+        .try_for_each(|(key, text, kind)| validate_reference(key, &text, kind))
     }
 
     fn validate_model(&self) -> Check {
@@ -34,6 +58,27 @@ impl Pipeline {
             "a model from scratch brings no tokenizer",
             "set tokenizer.path, or train one with [tokenizer.train]",
         )?;
+        if let Some(lora) = &self.model.lora {
+            require(
+                path,
+                "model.lora",
+                "needs a model to stand on",
+                "set model.path, or remove [model.lora]",
+            )?;
+            let known = |name: &String| MODULES.contains(&name.as_str());
+            require(
+                lora.rank > 0 && lora.alpha.is_finite() && !lora.target_modules.is_empty(),
+                "model.lora",
+                "needs a rank of at least 1, a finite alpha and at least one target module",
+                "for example rank = 16 and alpha = 32",
+            )?;
+            require(
+                lora.target_modules.iter().all(known),
+                "model.lora.target_modules",
+                "names a module that no layer has",
+                &format!("modules are {}", MODULES.join(", ")),
+            )?;
+        }
         let Some(shape) = &self.model.scratch else { return Ok(()) };
         let heads = shape.num_attention_heads;
         let kv = shape.num_key_value_heads.unwrap_or(heads);
@@ -193,6 +238,15 @@ impl Pipeline {
             "add [cold_start] or switch the controls off",
         )
     }
+}
+
+fn validate_reference(key: &'static str, text: &str, kind: RepositoryKind) -> Check {
+    let invalid = |error: HubError| ConfigError::Invalid {
+        key,
+        message: error.to_string(),
+        hint: error.hint().unwrap_or_default(),
+    };
+    HubReference::parse(text).and_then(|reference| reference.expect_kind(kind)).map(drop).map_err(invalid)
 }
 
 fn validate_optimizer(optimizer: &OptimizerConfig, key: &'static str) -> Check {

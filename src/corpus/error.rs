@@ -127,7 +127,11 @@ impl CorpusError {
             }
             Self::Missing { nearest: Some(path), .. } => format!("did you mean {}?", path.display()),
             Self::Missing { .. } => "give a parquet file, a directory of them, or a glob in quotes".into(),
-            Self::Remote { .. } => "copy the files to a local or mounted directory and name that".into(),
+            Self::Remote { .. } => {
+                "copy the files to a local or mounted directory and name that; of other stores only the Hugging Face Hub is \
+                 known (hf://datasets/owner/name)"
+                    .into()
+            },
             Self::Pattern { .. } => "a glob looks like data/**/*.parquet".into(),
             Self::NoFiles { .. } => {
                 "directories are searched recursively for names that end in .parquet and do not start with a dot"

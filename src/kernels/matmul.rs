@@ -131,7 +131,7 @@ fn block<T: Element>(
     accumulate: bool,
 ) {
     if left.inner_stride == 1 {
-        let part = Part { left, rows, right, inner: 0..right.steps, accumulate };
+        let part = Part { left, first_row: 0, rows, right, inner: 0..right.steps, accumulate };
         return part.sweep(panels, out);
     }
     LEFT.with_borrow_mut(|copy| {
@@ -140,7 +140,8 @@ fn block<T: Element>(
             copy_block(left, &rows, &inner, copy);
             let left = Left { values: copy, row_stride: 1, inner_stride: rows.len() };
             let accumulate = accumulate || first > 0;
-            Part { left, rows: rows.clone(), right, inner, accumulate }.sweep(panels.clone(), out);
+            let first_row = rows.start;
+            Part { left, first_row, rows: rows.clone(), right, inner, accumulate }.sweep(panels.clone(), out);
         }
     });
 }
@@ -160,8 +161,9 @@ fn copy_block(left: Left, rows: &Range<usize>, inner: &Range<usize>, copy: &mut 
 
 /// Some rows of a product over some steps of the inner dimension.
 struct Part<'a, T> {
-    /// The left matrix; where it is a copied block, its rows start at `rows.start`.
     left: Left<'a>,
+    /// Number of the left matrix's first row: not 0 where it is a copied block.
+    first_row: usize,
     rows: Range<usize>,
     right: &'a Panels<'a, T>,
     inner: Range<usize>,
@@ -192,7 +194,7 @@ impl<T: Element> Part<'_, T> {
 
     fn operands(&self, panel: usize, count: usize) -> Operands<'_, T> {
         let size = LANES * self.right.steps;
-        let skipped = if self.left.inner_stride == 1 { self.rows.start * self.left.row_stride } else { 0 };
+        let skipped = (self.rows.start - self.first_row) * self.left.row_stride;
         let at = panel - self.right.first;
         Operands {
             left: Left { values: &self.left.values[skipped.min(self.left.values.len())..], ..self.left },
@@ -491,17 +493,19 @@ mod tests {
 
     #[test]
     fn a_transposed_left_matrix_gives_the_weight_gradient() {
-        let (tokens, outputs, inputs) = (30, 20, 24);
-        let (dy, x) = (values(tokens * outputs, 7), values(tokens * inputs, 8));
-        let mut packed = Packed::default();
-        packed.pack(&x, tokens, inputs, inputs);
-        let mut out = vec![0.0; outputs * inputs];
-        matmul(Left::transposed(&dy, outputs), outputs, &packed, &mut out, false);
-        for o in 0..outputs {
-            for i in 0..inputs {
-                let exact =
-                    (0..tokens).fold(0.0_f32, |sum, t| dy[t * outputs + o].mul_add(x[t * inputs + i], sum));
-                assert_eq!(out[o * inputs + i], exact);
+        for outputs in [1, 20, 97, 200] {
+            let (tokens, inputs) = (30, 24);
+            let (dy, x) = (values(tokens * outputs, 7), values(tokens * inputs, 8));
+            let mut packed = Packed::default();
+            packed.pack(&x, tokens, inputs, inputs);
+            let mut out = vec![0.0; outputs * inputs];
+            matmul(Left::transposed(&dy, outputs), outputs, &packed, &mut out, false);
+            for o in 0..outputs {
+                for i in 0..inputs {
+                    let exact = (0..tokens)
+                        .fold(0.0_f32, |sum, t| dy[t * outputs + o].mul_add(x[t * inputs + i], sum));
+                    assert_eq!(out[o * inputs + i], exact);
+                }
             }
         }
     }

@@ -3,6 +3,7 @@
 use super::error::PipelineError;
 use super::evaluate::Evaluator;
 use super::materials::{Vocabulary, initial_decoder};
+use super::remote::{Scope, commits_of, localize};
 use super::run::{Paths, Run, resolved_text};
 use super::stage::{STAGES, has_checkpoints, read_decoder};
 use super::summary::{report_again, tables_of};
@@ -107,7 +108,19 @@ impl RunDirectory {
             }
             .into());
         }
-        Vocabulary::open(&self.pipeline, &self.pipeline.corpus, &directory, &Log::without_file())
+        let local = self.local(Scope::Tokenizer)?;
+        Vocabulary::open(&local, &local.corpus, &directory, &Log::without_file())
+    }
+
+    /// The pipeline with local paths for what is needed from the Hub, at the run's commits.
+    fn local(&self, scope: Scope) -> Result<Pipeline, Error> {
+        let commits = commits_of(&self.paths)?;
+        Ok(localize(&self.pipeline, scope, commits, &Log::without_file(), None)?.pipeline)
+    }
+
+    /// Where the model that the run started from lies on this machine.
+    pub(super) fn local_model(&self) -> Result<Option<PathBuf>, Error> {
+        Ok(self.local(Scope::Model)?.model.path)
     }
 
     /// The model of a stage's newest intact checkpoint; default: of the last main stage that has one.
@@ -133,7 +146,7 @@ impl RunDirectory {
         let last = || main.into_iter().find(|stage| has_checkpoints(&self.paths, stage));
         let Some(stage) = stage.or_else(last).filter(|stage| has_checkpoints(&self.paths, stage)) else {
             if stage.is_none() && step.is_none() && self.pipeline.model.path.is_some() {
-                let decoder = initial_decoder(&self.pipeline, &self.vocabulary()?)?;
+                let decoder = initial_decoder(&self.local(Scope::Model)?, &self.vocabulary()?)?;
                 return Ok(RunModel { decoder, checkpoint: None });
             }
             let message = format!("{} holds no checkpoint of that stage", self.paths.0.display());
@@ -150,7 +163,10 @@ impl RunDirectory {
             return Err(missing(format!("stage {stage} has no such checkpoint"), hint));
         };
         let step = checkpoint.step();
-        Ok(RunModel { decoder: read_decoder(&checkpoint)?.0, checkpoint: Some((stage.to_owned(), step)) })
+        Ok(RunModel {
+            decoder: read_decoder(&checkpoint, &self.local(Scope::Model)?)?.0,
+            checkpoint: Some((stage.to_owned(), step)),
+        })
     }
 
     fn identity(&self) -> Result<String, Error> {
@@ -185,7 +201,7 @@ impl RunDirectory {
     /// The model before the cold start, whose entropies choose positions.
     fn base(&self, run: &Run) -> Result<Decoder, Error> {
         if self.pipeline.pretrain.is_none() {
-            return initial_decoder(&self.pipeline, &run.vocabulary);
+            return initial_decoder(&run.local, &run.vocabulary);
         }
         let finished = newest_state(&self.paths, "pretrain", &run.identity)?
             .is_some_and(|state| state["step"].is_u64() && state["step"] == state["steps"]);

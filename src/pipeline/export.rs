@@ -6,7 +6,7 @@ use super::run::resolved_text;
 use crate::error::Error;
 use crate::model::{Dtype, ModelError, SHARD_BYTES};
 use crate::report::{ModelCard, licence_of};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Which model is exported, and how.
 #[derive(Clone, Debug)]
@@ -19,11 +19,13 @@ pub struct ExportOptions {
     pub dtype: Option<Dtype>,
     /// Bytes of tensors in one file.
     pub shard_bytes: u64,
+    /// Write the adapter alone, as a PEFT directory.
+    pub adapter: bool,
 }
 
 impl Default for ExportOptions {
     fn default() -> Self {
-        Self { stage: None, step: None, dtype: None, shard_bytes: SHARD_BYTES }
+        Self { stage: None, step: None, dtype: None, shard_bytes: SHARD_BYTES, adapter: false }
     }
 }
 
@@ -52,18 +54,22 @@ impl RunDirectory {
     /// When there is no such checkpoint, or a file cannot be read or written.
     pub fn export(&self, directory: &Path, options: &ExportOptions) -> Result<(), Error> {
         let model = self.model(options.stage.as_deref(), options.step)?;
+        let named = self.pipeline().model.path.as_deref().map(|path| path.display().to_string());
+        if options.adapter {
+            return Ok(model.decoder.save_adapter(directory, &named.unwrap_or_default())?);
+        }
         let (tokenizer, special) = self.tokenizer()?;
         let dtype = options.dtype.unwrap_or(model.decoder.dtype());
         let (ends, bos) = (special.ends(), special.bos);
         model.decoder.save_as(directory, dtype, options.shard_bytes, &ends, bos)?;
         tokenizer.save(directory, &special)?;
-        let base = self.base_directory();
+        let base = self.local_model()?;
         if let Some(base) = &base {
             hand_on(base, directory)?;
         }
         let card = ModelCard {
             name: directory_name(self.path()),
-            base: base.as_deref().map(directory_name),
+            base: named.map(|name| base_name(&name)),
             licence: base.as_deref().map(licence_of).unwrap_or_default(),
             checkpoint: model.checkpoint,
             parameters: model.decoder.layout().len() as u64,
@@ -75,10 +81,13 @@ impl RunDirectory {
         let path = directory.join("README.md");
         Ok(std::fs::write(&path, card.to_markdown()).map_err(PipelineError::io(&path))?)
     }
+}
 
-    /// The directory of the model that the run started from.
-    fn base_directory(&self) -> Option<PathBuf> {
-        self.pipeline().model.path.clone()
+/// `owner/name` on the Hub, or the last part of a path.
+fn base_name(path: &str) -> String {
+    match path.strip_prefix("hf://") {
+        Some(reference) => reference.split('@').next().unwrap_or_default().to_owned(),
+        None => directory_name(Path::new(path)),
     }
 }
 

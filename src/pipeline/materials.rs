@@ -6,7 +6,7 @@ use crate::config::{CorpusConfig, Pipeline};
 use crate::corpus::generated::{generate, generated_recipe};
 use crate::corpus::{Corpus, Trace, read_traces};
 use crate::error::Error;
-use crate::model::{Decoder, DecoderConfig};
+use crate::model::{Decoder, DecoderConfig, LoraShape};
 use crate::report::Log;
 use crate::tasks::{Fingerprints, PromptTemplate};
 use crate::tokenize::{SpecialTokens, Tokenizer, train_byte_level_bpe};
@@ -140,7 +140,7 @@ fn last_documents(corpus: &CorpusConfig, count: usize) -> Result<Vec<String>, Er
 /// When it cannot be loaded, or tokenizer and model do not fit.
 pub(super) fn initial_decoder(pipeline: &Pipeline, vocabulary: &Vocabulary) -> Result<Decoder, Error> {
     let decoder = match (&pipeline.model.path, &pipeline.model.scratch) {
-        (Some(path), _) => Decoder::load_as(path, pipeline.model.dtype)?,
+        (Some(path), _) => load_base(pipeline, path)?,
         (None, Some(scratch)) => {
             let dtype = pipeline.model.dtype.unwrap_or_default();
             Decoder::from_scratch(scratch, dtype, vocabulary.tokenizer.vocab_size(), pipeline.seed)
@@ -157,6 +157,20 @@ pub(super) fn initial_decoder(pipeline: &Pipeline, vocabulary: &Vocabulary) -> R
     let template = &vocabulary.template;
     check_lengths(pipeline, decoder.config(), template.header.len() + template.footer.len())?;
     Ok(decoder)
+}
+
+/// The model that a pipeline names, with a new adapter where it trains one.
+///
+/// # Errors
+/// When model or adapter cannot be loaded.
+pub(super) fn load_base(pipeline: &Pipeline, path: &Path) -> Result<Decoder, Error> {
+    let decoder = Decoder::load_as(path, pipeline.model.dtype)?;
+    let Some(lora) = &pipeline.model.lora else { return Ok(decoder) };
+    if let Some(adapter) = &lora.path {
+        return Ok(decoder.with_adapter_of(adapter)?);
+    }
+    let shape = LoraShape { rank: lora.rank, alpha: lora.alpha, modules: lora.target_modules.clone() };
+    Ok(decoder.with_adapter(shape, pipeline.seed)?)
 }
 
 /// Positions of the model, without loading it.

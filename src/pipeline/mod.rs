@@ -14,6 +14,7 @@ mod health;
 mod materials;
 mod plan;
 mod reinforce;
+mod remote;
 mod run;
 mod stage;
 mod summary;
@@ -132,11 +133,11 @@ impl Trained {
 
 /// Next-token pre-training, or the model that the pipeline names.
 fn pretrain(run: &Run) -> Result<(Decoder, Option<StageState<Cursor>>), Error> {
-    let initial = || initial_decoder(&run.pipeline, &run.vocabulary);
+    let initial = || initial_decoder(&run.local, &run.vocabulary);
     let Some(config) = &run.pipeline.pretrain else { return Ok((initial()?, None)) };
     let stage = SupervisedStage { name: "pretrain", steps: config.steps, optimizer: &config.optimizer };
     let start = || Ok((initial()?, 0, Cursor::default()));
-    let positions = max_positions(&run.pipeline)?;
+    let positions = max_positions(&run.local)?;
     let examples = |cursor| CorpusExamples::open(run, config, positions, cursor);
     let finished = run_supervised(run, &stage, start, examples)?;
     Ok((finished.decoder, Some(finished.state)))
@@ -167,7 +168,7 @@ fn build_tasks(run: &Run, split: &str, base: &Decoder) -> Result<(), Error> {
     } else {
         (&run.sources.tasks, run.pipeline.tasks.clone())
     };
-    let proxy = run.pipeline.tasks.proxy.as_deref().map(Decoder::load).transpose()?;
+    let proxy = run.local.tasks.proxy.as_deref().map(Decoder::load).transpose()?;
     if let Some(proxy) = &proxy {
         run.vocabulary.tokenizer.check_vocabulary(proxy.config().vocab_size)?;
     }

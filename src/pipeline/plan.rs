@@ -1,9 +1,11 @@
 //! What a run would do, without doing it.
 
 use super::materials::check_lengths;
+use super::remote::{Commits, Scope, localize};
 use crate::config::{Loaded, PolicyRecipe};
 use crate::error::Error;
 use crate::model::{DecoderConfig, Layout};
+use crate::report::Log;
 use crate::train::Trainer;
 use serde::Serialize;
 use std::fmt;
@@ -28,12 +30,14 @@ pub struct Plan {
     pub recipe: Option<PolicyRecipe>,
 }
 
-/// Plans a run: resolves and validates, and touches nothing.
+/// Plans a run: resolves and validates, and touches nothing. Of a model on the Hub the configuration alone
+/// is fetched into the cache.
 ///
 /// # Errors
 /// When the model's configuration cannot be read.
 pub fn plan(loaded: &Loaded) -> Result<Plan, Error> {
-    let pipeline = &loaded.pipeline;
+    let local = localize(&loaded.pipeline, Scope::Shape, Commits::new(), &Log::without_file(), None)?;
+    let pipeline = &local.pipeline;
     let config = match (&pipeline.model.path, &pipeline.model.scratch) {
         (Some(path), _) => Some(DecoderConfig::load(path)?),
         (None, Some(scratch)) => {

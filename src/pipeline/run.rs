@@ -2,6 +2,7 @@
 
 use super::error::PipelineError;
 use super::materials::{Sources, Vocabulary, read_json, write_json};
+use super::remote::{Commits, Local, Scope, commits_of, localize};
 use super::stage::has_successors;
 use crate::checkpoint::{RunLock, atomic_write};
 use crate::config::{CorpusConfig, Loaded, Pipeline};
@@ -61,6 +62,10 @@ impl Paths {
     pub fn summary(&self) -> PathBuf {
         self.0.join("summary.json")
     }
+    /// Digests of what is read, and commits of what is read from the Hub.
+    pub fn inputs(&self) -> PathBuf {
+        self.0.join("inputs.json")
+    }
     /// Logs of each attempt.
     pub fn logs(&self) -> PathBuf {
         self.0.join("logs")
@@ -71,6 +76,8 @@ impl Paths {
 pub struct Run {
     /// The resolved pipeline.
     pub pipeline: Pipeline,
+    /// The same with local paths where it names things on the Hub: where inputs are opened from.
+    pub local: Pipeline,
     /// The run directory.
     pub paths: Paths,
     /// Says things on stderr and in the attempt's log file.
@@ -102,12 +109,15 @@ impl Run {
         }
         let log = Log::open(&paths.logs())?;
         log.say(format!("run directory {}", paths.0.display()));
-        let sources = Sources::resolve(&pipeline, &paths.corpus(), &log)?;
-        check_inputs(&paths, &digests(&pipeline, &sources)?)?;
-        let vocabulary = Vocabulary::open(&pipeline, &sources.corpus, &paths.tokenizer(), &log)?;
+        let Local { pipeline: local, commits } =
+            localize(&pipeline, Scope::Everything, commits_of(&paths)?, &log, Some(interrupt))?;
+        let sources = Sources::resolve(&local, &paths.corpus(), &log)?;
+        check_inputs(&paths, &digests(&local, &sources)?, &commits)?;
+        let vocabulary = Vocabulary::open(&local, &sources.corpus, &paths.tokenizer(), &log)?;
         let identity = blake3::hash(text.as_bytes()).to_hex().to_string();
         Ok(Self {
             pipeline,
+            local,
             paths,
             log,
             sources,
@@ -198,15 +208,32 @@ fn digests(
             digests.insert(role, (crate::model::directory_digest(model)?, model.display().to_string()));
         }
     }
+    if let Some(adapter) = pipeline.model.lora.as_ref().and_then(|lora| lora.path.as_ref()) {
+        digests.insert("adapter", (adapter_digest(adapter)?, adapter.display().to_string()));
+    }
     Ok(digests)
 }
 
+/// Digest of a PEFT directory.
+fn adapter_digest(directory: &Path) -> Result<String, Error> {
+    let mut hasher = blake3::Hasher::new();
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        let path = directory.join(name);
+        hasher.update(&std::fs::read(&path).map_err(PipelineError::io(&path))?);
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
 /// What a run reads must be what it began with: cursors, counts and weights belong to it.
-fn check_inputs(paths: &Paths, now: &BTreeMap<&'static str, (String, String)>) -> Result<(), Error> {
-    let path = paths.0.join("inputs.json");
-    let Some(then) = read_json::<BTreeMap<String, String>>(&path)? else {
-        let digests: BTreeMap<_, _> = now.iter().map(|(role, (digest, _))| (role, digest)).collect();
-        return write_json(&path, &digests);
+fn check_inputs(
+    paths: &Paths,
+    now: &BTreeMap<&'static str, (String, String)>,
+    commits: &Commits,
+) -> Result<(), Error> {
+    let Some(then) = read_json::<BTreeMap<String, String>>(&paths.inputs())? else {
+        let digests = now.iter().map(|(role, (digest, _))| (*role, digest));
+        let commits = commits.iter().map(|(reference, commit)| (reference.as_str(), commit));
+        return write_json(&paths.inputs(), &digests.chain(commits).collect::<BTreeMap<_, _>>());
     };
     match now.iter().find(|(role, (digest, _))| then.get(**role) != Some(digest)) {
         Some((_, (_, place))) => Err(PipelineError::InputChanged { name: place.clone() }.into()),

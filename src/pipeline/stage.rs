@@ -1,10 +1,11 @@
 //! What every training stage shares: checkpoints, resuming, and stopping on a signal.
 
+use super::materials::load_base;
 use super::run::{Paths, Run};
 use crate::checkpoint::{CheckpointStore, TensorView};
-use crate::config::OptimizerConfig;
+use crate::config::{OptimizerConfig, Pipeline};
 use crate::error::Error;
-use crate::model::{Decoder, DecoderConfig, Dtype};
+use crate::model::{Decoder, DecoderConfig, Dtype, Layout};
 use crate::report::MetricsLog;
 use crate::train::Trainer;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -111,7 +112,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
             return Ok(Opened::Open(Box::new(stage)));
         };
         let state: StageState<S> = checkpoint.json("state")?;
-        let (decoder, parameters) = read_decoder(&checkpoint)?;
+        let (decoder, parameters) = read_decoder(&checkpoint, &run.local)?;
         if state.step >= state.steps {
             return Ok(Opened::Finished(Box::new(Finished { decoder, state })));
         }
@@ -149,9 +150,9 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
         let (trainer, state) = (&self.trainer, &self.state);
         let decoder = trainer.decoder();
         let shapes: Vec<Vec<usize>> =
-            decoder.layout().parameters().iter().map(crate::model::Parameter::shape).collect();
+            decoder.trainable().parameters().iter().map(crate::model::Parameter::shape).collect();
         let weights: Vec<TensorView> = decoder
-            .layout()
+            .trainable()
             .parameters()
             .iter()
             .zip(&shapes)
@@ -188,20 +189,34 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
     }
 }
 
-/// The decoder that a checkpoint holds, and its parameters in full precision.
+/// The decoder that a checkpoint holds, and the parameters that are trained, in full precision. The
+/// checkpoint of an adapter holds nothing of the model that it stands on, which `pipeline` names.
 ///
 /// # Errors
-/// When its configuration or tensors are damaged.
-pub(super) fn read_decoder(checkpoint: &crate::checkpoint::Checkpoint) -> Result<(Decoder, Vec<f32>), Error> {
+/// When its configuration or tensors are damaged, or the model under an adapter cannot be loaded.
+pub(super) fn read_decoder(
+    checkpoint: &crate::checkpoint::Checkpoint,
+    pipeline: &Pipeline,
+) -> Result<(Decoder, Vec<f32>), Error> {
+    if let (Some(path), Some(_)) = (&pipeline.model.path, &pipeline.model.lora) {
+        let mut decoder = load_base(pipeline, path)?;
+        let parameters = read_parameters(checkpoint, decoder.trainable())?;
+        decoder.set_parameters(&parameters);
+        return Ok((decoder, parameters));
+    }
     let path = checkpoint.path().join("config.json");
     let json: serde_json::Value = checkpoint.json("config")?;
     let config = DecoderConfig::from_json(&path, &json)?;
     let dtype = Dtype::of_name(json["torch_dtype"].as_str().unwrap_or_default()).unwrap_or_default();
+    let parameters = read_parameters(checkpoint, &Layout::new(&config))?;
+    Ok((Decoder::new(config, dtype, &parameters), parameters))
+}
+
+fn read_parameters(checkpoint: &crate::checkpoint::Checkpoint, layout: &Layout) -> Result<Vec<f32>, Error> {
     let weights = checkpoint.tensors("model")?;
-    let layout = crate::model::Layout::new(&config);
     let mut parameters = vec![0.0; layout.len()];
     for parameter in layout.parameters() {
         weights.read_into(&parameter.name, &mut parameters[parameter.range.clone()])?;
     }
-    Ok((Decoder::new(config, dtype, &parameters), parameters))
+    Ok(parameters)
 }

@@ -161,7 +161,7 @@ impl Trainer {
         steps: u64,
     ) -> Result<Self, TrainError> {
         let optimizer = Optimizer::new(config, parameter_groups(&decoder), steps)?;
-        let lanes = (0..Self::gradient_buffers(parameters.len()))
+        let lanes = (0..Self::gradient_buffers(decoder.layout().len()))
             .map(|_| Lane {
                 gradients: vec![0.0; parameters.len()],
                 workspace: Workspace::default(),
@@ -352,7 +352,7 @@ fn parameter_groups(decoder: &Decoder) -> Vec<ParameterGroup> {
         Role::Norm | Role::Bias => ParameterKind::Vector,
     };
     decoder
-        .layout()
+        .trainable()
         .parameters()
         .iter()
         .map(|parameter| ParameterGroup {

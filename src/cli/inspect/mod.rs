@@ -8,6 +8,7 @@ mod run;
 mod tasks;
 
 use super::failure::Usage;
+use super::input::say;
 use super::output;
 use anyhow::Context;
 use serde_json::Value;
@@ -15,7 +16,8 @@ use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Parquet file, directory or glob; generated corpus; task, model, run, rollout or checkpoint directory
+    /// Parquet file, directory or glob; generated corpus; task, model, run, rollout or checkpoint directory;
+    /// `hf://owner/name` or `hf://datasets/owner/name`
     path: PathBuf,
     /// Column that holds the text of parquet files
     #[arg(long, value_name = "NAME", default_value = "text")]
@@ -72,15 +74,16 @@ fn is_rollout_log(directory: &Path) -> bool {
 
 impl Arguments {
     pub(super) fn execute(&self) -> anyhow::Result<()> {
-        let kind = Kind::of(&self.path);
+        let path = rpt::hub::resolve(&self.path, &say).map_err(rpt::Error::from)?;
+        let kind = Kind::of(&path);
         let value = match kind {
-            Kind::Tasks => tasks::inspect(&self.path, self.samples, self.tokenizer.as_deref())?,
-            Kind::Checkpoint => run::inspect_checkpoint(&self.path)?,
-            Kind::Run => run::inspect(&self.path)?,
-            Kind::Generated => generated::inspect(&self.path, self.samples)?,
-            Kind::Model => model::inspect(&self.path)?,
-            Kind::Rollouts => rollouts::inspect(&self.path, self.samples)?,
-            Kind::Parquet => self.parquet()?,
+            Kind::Tasks => tasks::inspect(&path, self.samples, self.tokenizer.as_deref())?,
+            Kind::Checkpoint => run::inspect_checkpoint(&path)?,
+            Kind::Run => run::inspect(&path)?,
+            Kind::Generated => generated::inspect(&path, self.samples)?,
+            Kind::Model => model::inspect(&path)?,
+            Kind::Rollouts => rollouts::inspect(&path, self.samples)?,
+            Kind::Parquet => self.parquet(&path)?,
         };
         match kind {
             Kind::Tasks if !self.json => output::data(tasks::for_people(&value).as_bytes()),
@@ -88,9 +91,9 @@ impl Arguments {
         }
     }
 
-    fn parquet(&self) -> anyhow::Result<Value> {
-        let source = self.path.to_str().ok_or_else(|| {
-            Usage::new(format!("{} is not UTF-8", self.path.display()), "rename it, or name its directory")
+    fn parquet(&self, path: &Path) -> anyhow::Result<Value> {
+        let source = path.to_str().ok_or_else(|| {
+            Usage::new(format!("{} is not UTF-8", path.display()), "rename it, or name its directory")
         })?;
         Ok(parquet::inspect(source, &self.text_column, self.max_documents, self.samples)?)
     }
