@@ -9,6 +9,7 @@ pub mod config;
 pub mod corpus;
 mod error;
 pub mod eval;
+mod json;
 pub mod kernels;
 pub mod ledger;
 pub mod model;
