@@ -211,7 +211,7 @@ fn decode_base64(text: &str) -> Option<Vec<u8>> {
         _ => None,
     };
     let digits = text.trim_end_matches('=');
-    if text.len() % 4 != 0 || text.len() - digits.len() > 2 {
+    if !text.len().is_multiple_of(4) || text.len() - digits.len() > 2 {
         return None;
     }
     let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
@@ -262,11 +262,11 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn with(part: &str, component: Value) -> Result<(), String> {
+    fn with(part: &str, component: &Value) -> Result<(), String> {
         check(&json!({ part: component, "model": { "vocab": {} } }))
     }
 
-    fn refused(part: &str, component: Value, name: &str) {
+    fn refused(part: &str, component: &Value, name: &str) {
         let error = with(part, component).unwrap_err();
         assert!(error.contains(name), "{error}");
     }
@@ -281,35 +281,35 @@ mod tests {
         let byte_level = json!({ "type": "ByteLevel", "use_regex": false });
         let sequence =
             json!({ "type": "Sequence", "pretokenizers": [regex(gpt_4o), regex(gpt_4o), byte_level] });
-        assert_eq!(with("pre_tokenizer", sequence), Ok(()));
+        assert_eq!(with("pre_tokenizer", &sequence), Ok(()));
         let llama = json!({ "type": "Sequence", "normalizers": [
             { "type": "Prepend", "prepend": "▁" },
             { "type": "Replace", "pattern": { "String": " " }, "content": "▁" },
             { "type": "Replace", "pattern": { "Regex": " {2,}" }, "content": " " },
             { "type": "NFKC" },
         ]});
-        assert_eq!(with("normalizer", llama), Ok(()));
+        assert_eq!(with("normalizer", &llama), Ok(()));
     }
 
     #[test]
     fn texts_that_would_grow_without_end_are_refused() {
         let double = json!({ "type": "Replace", "pattern": { "String": "a" }, "content": "aa" });
         let sequence = |count| json!({ "type": "Sequence", "normalizers": vec![double.clone(); count] });
-        assert_eq!(with("normalizer", sequence(8)), Ok(()));
-        refused("normalizer", sequence(9), "256 times");
+        assert_eq!(with("normalizer", &sequence(8)), Ok(()));
+        refused("normalizer", &sequence(9), "256 times");
         let between = json!({ "type": "Replace", "pattern": { "Regex": "" }, "content": "x".repeat(256) });
-        refused("normalizer", between, "256 times");
+        refused("normalizer", &between, "256 times");
         let levels = json!({ "type": "Sequence", "pretokenizers": vec![json!({ "type": "ByteLevel" }); 9] });
-        refused("pre_tokenizer", levels, "256 times");
-        refused("normalizer", json!({ "type": "Prepend", "prepend": "x".repeat(257) }), "256 bytes");
+        refused("pre_tokenizer", &levels, "256 times");
+        refused("normalizer", &json!({ "type": "Prepend", "prepend": "x".repeat(257) }), "256 bytes");
     }
 
     #[test]
     fn patterns_that_compile_to_far_more_than_themselves_are_refused() {
         assert_eq!((repetitions(r"\p{N}{1,3}|a{2,}"), repetitions(r"(?:\w{40}){40}")), (6, 1600));
         assert_eq!(repetitions(&"a{99999999999}".repeat(9)), usize::MAX);
-        refused("pre_tokenizer", regex(r"(?:\w{40}){40}"), "1000 times");
-        refused("pre_tokenizer", regex(&"a".repeat(5000)), "4096 bytes");
+        refused("pre_tokenizer", &regex(r"(?:\w{40}){40}"), "1000 times");
+        refused("pre_tokenizer", &regex(&"a".repeat(5000)), "4096 bytes");
     }
 
     #[test]
@@ -320,19 +320,19 @@ mod tests {
                 |inner, _| json!({ "type": "Sequence", "normalizers": [inner] }),
             )
         };
-        assert_eq!(with("normalizer", nest(4)), Ok(()));
-        refused("normalizer", nest(5), "4 deep");
+        assert_eq!(with("normalizer", &nest(4)), Ok(()));
+        refused("normalizer", &nest(5), "4 deep");
         let many = json!({ "type": "Sequence", "normalizers": vec![json!({ "type": "NFC" }); 64] });
-        refused("normalizer", many, "64 normalizers");
-        refused("normalizer", json!([[{ "type": "NFC" }]]), "null");
-        refused("normalizer", json!({ "type": "x".repeat(1 << 20) }), "xxx");
-        refused("pre_tokenizer", json!({ "type": "FixedLength", "length": 0 }), "no characters");
+        refused("normalizer", &many, "64 normalizers");
+        refused("normalizer", &json!([[{ "type": "NFC" }]]), "null");
+        refused("normalizer", &json!({ "type": "x".repeat(1 << 20) }), "xxx");
+        refused("pre_tokenizer", &json!({ "type": "FixedLength", "length": 0 }), "no characters");
     }
 
     #[test]
     fn character_maps_that_lie_about_their_length_are_refused() {
         let map = |base64: &str| {
-            with("normalizer", json!({ "type": "Precompiled", "precompiled_charsmap": base64 }))
+            with("normalizer", &json!({ "type": "Precompiled", "precompiled_charsmap": base64 }))
         };
         // A trie of four zero bytes, and the replacements "ab" and "c".
         assert_eq!(decode_base64("BAAAAAAAAABhYgBj").unwrap(), b"\x04\0\0\0\0\0\0\0ab\0c");

@@ -134,7 +134,7 @@ fn edited(draw: &mut Draw, text: &str) -> String {
     match draw.below(4) {
         0 => characters.truncate(at),
         1 => {
-            characters.insert(at, *draw.pick(&['\0', ' ', '/', '.', '{', '(', '*', '\\', '▁', '\u{10FFFF}']))
+            characters.insert(at, *draw.pick(&['\0', ' ', '/', '.', '{', '(', '*', '\\', '▁', '\u{10FFFF}']));
         }
         2 => characters.extend_from_within(at..),
         _ => characters.reverse(),

@@ -9,7 +9,7 @@ fn added(id: usize, content: &str, special: bool) -> Value {
             "normalized": !special, "special": special })
 }
 
-fn file(added: Value, normalizer: Value, pre_tokenizer: Value, decoder: Value, model: Value) -> Value {
+fn file(added: &Value, [normalizer, pre_tokenizer, decoder, model]: [&Value; 4]) -> Value {
     json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer, "decoder": decoder, "model": model,
@@ -56,9 +56,9 @@ pub(crate) fn starts() -> Vec<Value> {
     let normalizers = json!({ "type": "Sequence", "normalizers": [{ "type": "Prepend", "prepend": "▁" }, replace(" ", "▁")] });
     let decoder = json!({ "type": "Sequence", "decoders": [replace("▁", " "), { "type": "ByteFallback" }] });
     vec![
-        file(own.clone(), json!({ "type": "NFC" }), sequence, byte_level, bpe(false)),
-        file(own.clone(), normalizers, Value::Null, decoder, bpe(true)),
-        file(own, characters(), metaspace.clone(), metaspace, unigram),
+        file(&own, [&json!({ "type": "NFC" }), &sequence, &byte_level, &bpe(false)]),
+        file(&own, [&normalizers, &Value::Null, &decoder, &bpe(true)]),
+        file(&own, [&characters(), &metaspace, &metaspace, &unigram]),
     ]
 }
 
