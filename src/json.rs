@@ -15,7 +15,7 @@ pub(crate) struct Bounds {
 
 /// Settings of a model, its chat template included. The longest published ones, lists of thousands
 /// of added tokens, have 1 MiB and 50,000 values.
-pub(crate) const SETTINGS: Bounds = Bounds { bytes: 1 << 24, values: 1 << 18 };
+pub(crate) const SETTINGS: Bounds = Bounds { bytes: 1 << 23, values: 1 << 18 };
 /// A vocabulary with its merges. The largest published ones have 33 MiB and two million values.
 pub(crate) const VOCABULARY: Bounds = Bounds { bytes: 1 << 26, values: 1 << 22 };
 /// Bytes of the longest part of a foreign file that a message repeats.

@@ -190,6 +190,30 @@ fn any_config_is_read_or_refused() {
     fuzz("config", 3000, false, make, read_config);
 }
 
+/// Settings just within their bounds, which no damage of small files comes near.
+#[test]
+fn settings_as_large_as_they_may_be_take_no_more_than_the_limit() {
+    let values = (1 << 18) - 2;
+    let text = format!("{{\"model_type\":\"{}\"}}", "x".repeat((1 << 23) - 20));
+    let list = format!("{{\"model_type\":[{}0]}}", "0,".repeat(values - 2));
+    let objects = format!("{{\"model_type\":[{}0]}}", "{\"a\":0},".repeat(values / 2 - 2));
+    let fields: Vec<String> = (0..values).map(|at| format!("\"{at}\":0")).collect();
+    let fields = format!("{{{}}}", fields.join(","));
+    let alone = locked(&ALONE);
+    let directory = in_memory();
+    for settings in [text, list, objects, fields] {
+        for name in ["config.json", "tokenizer_config.json"] {
+            std::fs::write(directory.path().join(name), &settings).unwrap();
+        }
+        let read =
+            || (DecoderConfig::load(directory.path()).is_err(), end_token_ids(directory.path()).is_ok());
+        let (read, taken) = measure(0, || (read(), ChatTemplate::load(directory.path()).is_ok()));
+        assert_eq!(read, ((true, true), true));
+        assert!(taken.peak < MOST, "{taken:?} {}", &settings[..30]);
+    }
+    drop(alone);
+}
+
 /// A tiny model as `Decoder::save` writes it.
 fn tiny_model() -> (Value, Vec<u8>) {
     let shape = ScratchModel {
