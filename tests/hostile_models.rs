@@ -302,7 +302,8 @@ fn any_index_is_followed_or_refused() {
 #[test]
 #[ignore = "Decoder::load makes room for what config.json says before it looks at the weights"]
 fn any_config_beside_whole_weights_is_loaded_or_refused() {
-    let ((config, weights), donors) = (tiny_model(), config_donors());
+    let ((config, weights), mut donors) = (tiny_model(), config_donors());
+    donors.extend([1 << 12, 1 << 14, 1 << 18, 1 << 20, 1 << 24].map(Value::from));
     let make = |draw: &mut Draw| {
         vec![("config.json", json(draw, &config, &donors)), ("model.safetensors", weights.clone())]
     };
