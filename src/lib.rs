@@ -10,6 +10,7 @@ pub mod corpus;
 mod error;
 pub mod eval;
 pub mod hub;
+mod json;
 pub mod kernels;
 pub mod ledger;
 pub mod model;

@@ -65,10 +65,10 @@ fn check(name: &str) {
         }
         assert_eq!(greedy(&decoder, &tokens, 16), ids(&sequence["greedy"]), "{name} {at}");
     }
-    check_gradients(name, decoder, &golden);
+    check_gradients(name, &decoder, &golden);
 }
 
-fn check_gradients(name: &str, decoder: Decoder, golden: &Value) {
+fn check_gradients(name: &str, decoder: &Decoder, golden: &Value) {
     let Some(expected) = golden.get("seq2_grads").and_then(Value::as_object) else { return };
     let tokens = ids(&golden["sequences"][2]["ids"]);
     let mut forest = Forest::default();

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{model, random_forest};
-use rpt::config::OptimizerConfig;
+use rpt::config::{OptimizerConfig, TrainConfig};
 use rpt::kernels::head::TargetGradient;
 use rpt::model::{Decoder, Dtype, Forest, LoraShape, MODULES, ModelError, Tape, Workspace};
 use rpt::random::Stream;
@@ -184,7 +184,7 @@ fn an_update_trains_the_adapter_and_nothing_else() {
         let batch = [MicroBatch { forest: forest.clone(), targets }];
         let mut trainer = Trainer::new(decoder, &config, 20).unwrap();
         for _ in 0..20 {
-            trainer.update(&batch, &PolicyLoss::new(&Default::default()), 1.0, None).unwrap();
+            trainer.update(&batch, &PolicyLoss::new(&TrainConfig::default()), 1.0, None).unwrap();
         }
         let trained = trainer.into_decoder();
         assert!(objective(&trained, &forest) > before + 1.0);

@@ -129,7 +129,7 @@ pub struct ModelConfig {
     pub lora: Option<LoraConfig>,
 }
 
-/// `[model.lora]`: a low-rank adapter (LoRA, arXiv 2106.09685) on a model that stays as it is.
+/// `[model.lora]`: a low-rank adapter (arXiv 2106.09685) on a model that stays as it is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LoraConfig {

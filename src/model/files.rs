@@ -3,10 +3,11 @@
 use super::tensors::TensorFiles;
 use super::weights::Weights;
 use super::{Decoder, DecoderConfig, Layout, ModelError, Parameter};
+use crate::json;
 use crate::kernels::dtype::Dtype;
 use serde_json::{Value, json};
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 /// Bytes of tensors in one weight file, as in transformers.
@@ -204,7 +205,7 @@ fn make_readable(_path: &Path) -> std::io::Result<()> {
 pub fn directory_digest(directory: &Path) -> Result<String, ModelError> {
     let config = directory.join("config.json");
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&std::fs::read(&config).map_err(ModelError::io(&config))?);
+    hasher.update(&json::read(&config, json::SETTINGS).map_err(ModelError::io(&config))?);
     for file in weight_files(directory)? {
         let length = std::fs::metadata(&file).map_err(ModelError::io(&file))?.len();
         hasher.update(file.file_name().unwrap_or_default().as_encoded_bytes()).update(&length.to_le_bytes());
@@ -263,9 +264,6 @@ impl safetensors::View for View<'_> {
     }
 }
 
-/// Largest index file that is read.
-const INDEX_BYTES: u64 = 16 << 20;
-
 /// The weight files of a directory: those that the index names, or the single one.
 fn weight_files(directory: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let index = directory.join("model.safetensors.index.json");
@@ -273,23 +271,14 @@ fn weight_files(directory: &Path) -> Result<Vec<PathBuf>, ModelError> {
         return Ok(vec![directory.join("model.safetensors")]);
     }
     let bad = |message: String| ModelError::Config { path: index.clone(), message };
-    let length = std::fs::metadata(&index).map_err(ModelError::io(&index))?.len();
-    if length > INDEX_BYTES {
-        return Err(bad(format!("{length} bytes are no index: at most {INDEX_BYTES} are read")));
-    }
-    let text = std::fs::read(&index).map_err(ModelError::io(&index))?;
-    /// The part of an index that says which files there are.
-    #[derive(serde::Deserialize)]
-    struct Index {
-        weight_map: HashMap<String, String>,
-    }
-    let Index { weight_map } = serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;
-    let mut names: Vec<&str> = weight_map.values().map(String::as_str).collect();
-    names.sort_unstable();
-    names.dedup();
+    let text = json::read(&index, json::SETTINGS).map_err(ModelError::io(&index))?;
+    let value = json::parse(&text, json::SETTINGS).map_err(&bad)?;
+    let map = value["weight_map"].as_object().ok_or_else(|| bad("no `weight_map`".into()))?;
+    let names: Option<BTreeSet<&str>> = map.values().map(Value::as_str).collect();
+    let names = names.ok_or_else(|| bad("`weight_map` names something that is no file".into()))?;
     let plain = |name: &&str| Path::new(name).components().count() == 1 && !name.contains("..");
     if let Some(name) = names.iter().find(|name| !plain(name)) {
-        return Err(bad(format!("\"{name}\" is not a plain file name")));
+        return Err(bad(json::shortened(format!("\"{name}\" is not a plain file name"))));
     }
     if names.is_empty() {
         return Err(bad("`weight_map` names no file".into()));

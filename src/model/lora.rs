@@ -1,4 +1,4 @@
-//! Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685): `W = W0 + alpha / rank x B A`.
+//! Low-rank adapters (Hu et al., arXiv 2106.09685): `W = W0 + alpha / rank x B A`.
 //!
 //! The decoder always runs the merged matrices, so an adapter costs nothing in a forward pass and
 //! rollout and training stay one arithmetic. Only A and B have gradients, and these come from the

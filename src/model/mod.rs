@@ -53,7 +53,7 @@ pub enum ModelError {
         what: String,
     },
     /// The tensors do not fit the configuration; every problem is listed.
-    #[error("{path}: weights do not fit config.json: {}", problems.join("; "))]
+    #[error("{path}: weights do not fit config.json: {}", listed(problems))]
     Weights {
         /// The file or directory.
         path: PathBuf,
@@ -94,6 +94,18 @@ pub enum ModelError {
         /// Size of the vocabulary.
         vocabulary: usize,
     },
+}
+
+/// Problems that a message lists.
+const LISTED_PROBLEMS: usize = 20;
+
+/// Some problems in a line; how many more there are.
+fn listed(problems: &[String]) -> String {
+    let shown = problems[..problems.len().min(LISTED_PROBLEMS)].join("; ");
+    match problems.len().saturating_sub(LISTED_PROBLEMS) {
+        0 => shown,
+        more => format!("{shown}; and {more} more"),
+    }
 }
 
 impl ModelError {

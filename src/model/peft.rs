@@ -1,9 +1,10 @@
-//! Adapters as PEFT directories: adapter_config.json and `adapter_model.safetensors`.
+//! Adapters as PEFT directories: `adapter_config.json` and `adapter_model.safetensors`.
 
 use super::files::{read_rows, write_json, write_tensors};
 use super::lora::{Adapter, LoraShape, MODULES};
 use super::tensors::TensorFiles;
 use super::{Decoder, Dtype, ModelError};
+use crate::json;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -30,9 +31,9 @@ impl LoraShape {
     /// When it cannot be read, or asks for something that is not supported, by name.
     pub fn load(directory: &Path) -> Result<Self, ModelError> {
         let path = directory.join("adapter_config.json");
-        let text = std::fs::read(&path).map_err(ModelError::io(&path))?;
+        let text = json::read(&path, json::SETTINGS).map_err(ModelError::io(&path))?;
         let bad = |message: String| ModelError::Config { path: path.clone(), message };
-        let value: Value = serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;
+        let value = json::parse(&text, json::SETTINGS).map_err(&bad)?;
         let unsupported = |what: String| ModelError::Unsupported { path: path.clone(), what };
         if value["peft_type"] != "LORA" {
             return Err(unsupported(format!("`peft_type` {}", value["peft_type"])));

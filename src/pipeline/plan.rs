@@ -2,7 +2,7 @@
 
 use super::materials::check_lengths;
 use super::remote::{Commits, Scope, localize};
-use crate::config::{Loaded, PolicyRecipe};
+use crate::config::{Loaded, Pipeline, PolicyRecipe};
 use crate::error::Error;
 use crate::model::{DecoderConfig, Layout};
 use crate::report::Log;
@@ -19,8 +19,7 @@ pub struct Plan {
     pub stages: Vec<(String, String)>,
     /// Parameters of the model.
     pub parameters: usize,
-    /// Bytes of weights, their packed copies, gradients and AdamW moments in f32; activations come
-    /// on top.
+    /// Most bytes of weights, gradients and AdamW moments; activations come on top.
     pub training_bytes: usize,
     /// Rollouts of one step.
     pub rollouts_per_step: usize,
@@ -60,16 +59,21 @@ pub fn plan(loaded: &Loaded) -> Result<Plan, Error> {
         name: loaded.name.clone(),
         stages: stages(loaded),
         parameters,
-        training_bytes: training_bytes(parameters),
+        training_bytes: training_bytes(pipeline, parameters),
         rollouts_per_step: rollouts,
         max_sampled_tokens_per_step: rollouts * pipeline.rollout.max_new_tokens,
         recipe: train.map(crate::config::TrainConfig::recipe),
     })
 }
 
-/// One copy of the weights, two packed ones, two moments, and the gradient buffers.
-fn training_bytes(parameters: usize) -> usize {
-    4 * parameters * (5 + Trainer::gradient_buffers(parameters))
+/// The weights in their format (twice for an adapter, which stands on a copy); and in full precision,
+/// for whatever is trained, the parameters, two moments and the gradient buffers.
+fn training_bytes(pipeline: &Pipeline, parameters: usize) -> usize {
+    let weights = parameters * pipeline.model.dtype.unwrap_or_default().bytes();
+    match &pipeline.model.lora {
+        Some(_) => 2 * weights,
+        None => weights + 4 * parameters * (3 + Trainer::gradient_buffers(parameters)),
+    }
 }
 
 fn stages(loaded: &Loaded) -> Vec<(String, String)> {
@@ -122,7 +126,7 @@ impl fmt::Display for Plan {
         writeln!(f, "parameters        {}", self.parameters)?;
         writeln!(
             f,
-            "weights, packed copies, gradients and moments (f32): {:.1} MiB",
+            "weights, gradients and moments: at most {:.1} MiB",
             self.training_bytes as f64 / 1_048_576.0
         )?;
         write!(

@@ -43,7 +43,7 @@ impl ModelCard {
         let _ = writeln!(text, "Corpus: `{}`.\n", self.corpus.replace('`', "'"));
         if !self.tables.is_empty() {
             text.push_str(
-                "## Evaluation\n\nIn the order of training; rows of other models are its controls.\n\n",
+                "## Evaluation\n\nMeasured at the end of the run. Controls are other models, trained for the same counted operations.\n\n",
             );
             self.tables.iter().for_each(|table| text.extend([&table_text(table), "\n"]));
         }

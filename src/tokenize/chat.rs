@@ -342,6 +342,14 @@ mod tests {
     }
 
     #[test]
+    fn a_template_that_the_engine_panics_on_is_refused() {
+        // The engine leaves the inner scope in place and then misses its loop.
+        let source = "{% for x in [1] %}{% with y = 1 %}{% break %}{% endwith %}{% endfor %}";
+        let error = template(source).render(&[], false).unwrap_err();
+        assert!(error.to_string().contains("engine failed"), "{error}");
+    }
+
+    #[test]
     fn the_default_among_named_templates_is_taken() {
         let json = |text| serde_json::from_str::<serde_json::Value>(text).unwrap();
         let named = json(r#"[{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]"#);

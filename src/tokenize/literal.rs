@@ -2,7 +2,7 @@
 
 use super::bytes::METASPACE;
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Removes what would make encoding lossy or random: truncation, padding and dropout.
 pub(super) fn remove_lossy_settings(json: &mut Value) {
@@ -39,7 +39,8 @@ pub(super) fn without_control_tokens(mut json: Value) -> Value {
         }
     }
     let model = &mut json["model"];
-    renamed.retain(|content, _| is_entry(&model["vocab"], content));
+    let entries = entries_among(&model["vocab"], &renamed);
+    renamed.retain(|content, _| entries.contains(content));
     rename_vocabulary(&mut model["vocab"], &renamed);
     rename_string(&mut model["unk_token"], &renamed);
     if let Some(merges) = model["merges"].as_array_mut() {
@@ -52,12 +53,11 @@ pub(super) fn without_control_tokens(mut json: Value) -> Value {
     json
 }
 
-fn is_entry(vocabulary: &Value, token: &str) -> bool {
-    match vocabulary {
-        Value::Object(ids) => ids.contains_key(token),
-        Value::Array(pieces) => pieces.iter().any(|piece| piece[0] == token),
-        _ => false,
-    }
+/// Those of some names that the model's own vocabulary has.
+fn entries_among(vocabulary: &Value, names: &BTreeMap<String, String>) -> BTreeSet<String> {
+    let ids = vocabulary.as_object().into_iter().flat_map(|ids| ids.keys().map(String::as_str));
+    let pieces = vocabulary.as_array().into_iter().flatten().filter_map(|piece| piece[0].as_str());
+    ids.chain(pieces).filter(|name| names.contains_key(*name)).map(str::to_owned).collect()
 }
 
 /// Renames in a map from token to id (BPE) or a list of (piece, score) (Unigram).

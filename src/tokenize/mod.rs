@@ -11,6 +11,7 @@
 //!
 //! A [`ChatTemplate`] is how the model of a directory wants a conversation written.
 
+mod bounds;
 mod bytes;
 mod chat;
 mod chat_functions;

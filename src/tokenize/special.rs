@@ -2,6 +2,7 @@
 
 use super::{BOS, END, TokenizeError, Tokenizer};
 use crate::config::TokenizerConfig;
+use crate::json;
 use serde_json::Value;
 use std::path::Path;
 
@@ -116,9 +117,9 @@ fn known(tokenizer: &Tokenizer, id: u64, place: &str) -> Result<u32, TokenizeErr
 }
 
 pub(super) fn read_json(path: &Path) -> Result<Value, TokenizeError> {
-    match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map_err(|error| TokenizeError::Malformed { path: path.to_owned(), message: error.to_string() }),
+    match json::read(path, json::SETTINGS) {
+        Ok(bytes) => json::parse(&bytes, json::SETTINGS)
+            .map_err(|message| TokenizeError::Malformed { path: path.to_owned(), message }),
         Err(error)
             if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) =>
         {

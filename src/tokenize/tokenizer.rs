@@ -1,9 +1,11 @@
 //! The tokenizer: two encoders over one vocabulary, and the bytes of every id.
 
 use super::TokenizeError;
+use super::bounds::{check, guarded};
 use super::bytes::{ByteTable, Spelling};
 use super::literal::{is_control, remove_lossy_settings, without_control_tokens};
 use super::special::SpecialTokens;
+use crate::json::{self, shortened};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer as Encoder;
@@ -39,30 +41,37 @@ impl Tokenizer {
     /// Reads a `tokenizer.json`.
     ///
     /// # Errors
-    /// Fails when the file cannot be read, is not a tokenizer, gives added tokens other ids than
-    /// it declares, or spells its tokens in a way whose bytes are unknown.
+    /// Fails when the file cannot be read, is not a tokenizer, asks for more than any published one
+    /// does, gives added tokens other ids than it declares, or spells its tokens in a way whose
+    /// bytes are unknown.
     pub fn load(path: &Path) -> Result<Self, TokenizeError> {
-        let json = std::fs::read(path).map_err(TokenizeError::io(path))?;
+        let json = json::read(path, json::VOCABULARY).map_err(TokenizeError::io(path))?;
         Self::from_json(path, json)
     }
 
     /// Builds the tokenizer that the bytes of a tokenizer.json describe.
     pub(super) fn from_json(path: &Path, json: Vec<u8>) -> Result<Self, TokenizeError> {
-        let malformed = |message: String| TokenizeError::Malformed { path: path.to_owned(), message };
-        let unsupported = |what: String| TokenizeError::Unsupported { path: path.to_owned(), what };
-        let mut value: Value = serde_json::from_slice(&json).map_err(|error| malformed(error.to_string()))?;
-        if !value.is_object() {
-            return Err(malformed("not a JSON object".into()));
+        let malformed =
+            |message| TokenizeError::Malformed { path: path.to_owned(), message: shortened(message) };
+        let unsupported = |what| TokenizeError::Unsupported { path: path.to_owned(), what: shortened(what) };
+        let mut value = json::parse(&json, json::VOCABULARY).map_err(malformed)?;
+        if !value.is_object() || !value["model"].is_object() {
+            return Err(malformed("not a JSON object with a model".into()));
         }
         check_model(&value).map_err(unsupported)?;
         let spelling = Spelling::detect(&value).map_err(unsupported)?;
+        check(&value).map_err(malformed)?;
         remove_lossy_settings(&mut value);
+        let prefix = own_prefix(&value["post_processor"]);
+        // The bytes of ids and the prefix are read here, so the library needs neither part.
+        value["post_processor"] = Value::Null;
+        value["decoder"] = Value::Null;
         let control = encoder(&value).map_err(malformed)?;
         check_added_ids(path, &value, &control)?;
         let bytes = byte_table(&value, &control, spelling).map_err(malformed)?;
         let mut literal = encoder(&without_control_tokens(value)).map_err(malformed)?;
         literal.set_encode_special_tokens(true);
-        let prefix = own_prefix(&control);
+        let prefix = prefix.map(|id| known(id, &control)).transpose().map_err(malformed)?;
         let fingerprint = blake3::hash(&json).to_hex().to_string();
         Ok(Self { path: path.to_owned(), json, fingerprint, control, literal, bytes, prefix })
     }
@@ -153,6 +162,9 @@ impl Tokenizer {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": special.bos.and_then(|id| self.name_of(id)),
             "eos_token": self.name_of(special.eos),
+            // Said, since transformers otherwise adds tokens of its own for them, past the model's vocabulary.
+            "pad_token": self.name_of(special.eos),
+            "unk_token": null,
             "clean_up_tokenization_spaces": false,
         });
         write_whole(&directory.join("tokenizer_config.json"), format!("{config:#}\n").as_bytes())?;
@@ -162,14 +174,13 @@ impl Tokenizer {
 }
 
 fn encoder(json: &Value) -> Result<Encoder, String> {
-    Encoder::from_bytes(json.to_string()).map_err(|error| error.to_string())
+    guarded(|| Encoder::from_bytes(json.to_string()))
 }
 
 fn encode(encoder: &Encoder, text: &str) -> Result<Vec<u32>, TokenizeError> {
-    match encoder.encode_fast(text, false) {
-        Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-        Err(error) => Err(TokenizeError::Encode { bytes: text.len(), message: error.to_string() }),
-    }
+    let encoding = guarded(|| encoder.encode_fast(text, false));
+    let encoding = encoding.map_err(|message| TokenizeError::Encode { bytes: text.len(), message })?;
+    Ok(encoding.get_ids().to_vec())
 }
 
 /// Only models whose tokens, put together, give the text back can serve.
@@ -197,7 +208,7 @@ fn check_added_ids(path: &Path, json: &Value, encoder: &Encoder) -> Result<(), T
         if let Some(actual) = actual.filter(|&actual| actual != declared) {
             return Err(TokenizeError::MovedToken {
                 path: path.to_owned(),
-                token: token.to_owned(),
+                token: shortened(token.to_owned()),
                 declared,
                 actual,
             });
@@ -232,11 +243,24 @@ fn byte_table(json: &Value, encoder: &Encoder, spelling: Spelling) -> Result<Byt
     Ok(ByteTable::new(tokens.iter().map(Vec::as_slice)))
 }
 
-/// The first token of an encoding with special tokens, if encoding without them lacks it.
-fn own_prefix(encoder: &Encoder) -> Option<u32> {
-    let first = |special| encoder.encode_fast("a", special).ok()?.get_ids().first().copied();
-    let prefix = first(true)?;
-    (first(false) != Some(prefix)).then_some(prefix)
+/// The token that a post-processor puts before a text, if any.
+fn own_prefix(processor: &Value) -> Option<u64> {
+    match processor["type"].as_str()? {
+        "TemplateProcessing" => {
+            let first = processor["single"][0]["SpecialToken"]["id"].as_str()?;
+            processor["special_tokens"][first]["ids"][0].as_u64()
+        }
+        "BertProcessing" | "RobertaProcessing" => processor["cls"][1].as_u64(),
+        // Each one adds to what those before it made.
+        "Sequence" => processor["processors"].as_array()?.iter().rev().find_map(own_prefix),
+        _ => None,
+    }
+}
+
+/// A prefix must be in the vocabulary.
+fn known(id: u64, encoder: &Encoder) -> Result<u32, String> {
+    let known = u32::try_from(id).ok().filter(|&id| encoder.id_to_token(id).is_some());
+    known.ok_or_else(|| format!("its post-processor adds token {id}, which its vocabulary does not have"))
 }
 
 /// Writes under another name and renames, so that no half-written file is ever found.

@@ -32,7 +32,7 @@ pub(crate) fn files_of(directory: &Path) -> Files {
 pub(crate) fn write_model(directory: &Path) {
     let tokenizer = train_byte_level_bpe(texts(50).into_iter(), 300).unwrap();
     let special = SpecialTokens::resolve(&tokenizer, &TokenizerConfig::default()).unwrap();
-    common::model(0, tokenizer.vocab_size()).save(directory, special.eos, special.bos).unwrap();
+    common::model(0, tokenizer.vocab_size()).save(directory, &[special.eos], special.bos).unwrap();
     tokenizer.save(directory, &special).unwrap();
 }
 

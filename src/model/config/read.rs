@@ -1,6 +1,7 @@
 //! Reading config.json: typed fields, and what is refused by name.
 
 use super::{Architecture, DecoderConfig, RopeScaling};
+use crate::json::{self, shortened};
 use crate::model::ModelError;
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -39,12 +40,26 @@ const REFUSED_UNLESS_ONE: [&str; 6] = [
     "residual_multiplier",
 ];
 
+/// The largest sizes that are read. They are several times those of any published model, small
+/// enough that a broken file is named before memory is asked for, and no product of them overflows.
+const LARGEST: [(&str, u64); 9] = [
+    ("vocab_size", 1 << 24),
+    ("hidden_size", 1 << 18),
+    ("intermediate_size", 1 << 20),
+    ("num_hidden_layers", 1 << 12),
+    ("num_attention_heads", 1 << 14),
+    ("num_key_value_heads", 1 << 14),
+    ("head_dim", 1 << 14),
+    ("max_position_embeddings", 1 << 24),
+    ("original_max_position_embeddings", 1 << 24),
+];
+
 /// A JSON file.
 pub(super) fn file(path: &Path) -> Result<Value, ModelError> {
-    let text = std::fs::read_to_string(path)
+    let bytes = json::read(path, json::SETTINGS)
         .map_err(|source| ModelError::Io { path: path.to_path_buf(), source })?;
-    serde_json::from_str(&text)
-        .map_err(|error| ModelError::Config { path: path.to_path_buf(), message: error.to_string() })
+    json::parse(&bytes, json::SETTINGS)
+        .map_err(|message| ModelError::Config { path: path.to_path_buf(), message })
 }
 
 /// The fields of one JSON object of a file.
@@ -59,11 +74,11 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn bad(&self, message: String) -> ModelError {
-        ModelError::Config { path: self.path.to_path_buf(), message }
+        ModelError::Config { path: self.path.to_path_buf(), message: shortened(message) }
     }
 
     pub(super) fn unsupported(&self, what: String) -> ModelError {
-        ModelError::Unsupported { path: self.path.to_path_buf(), what }
+        ModelError::Unsupported { path: self.path.to_path_buf(), what: shortened(what) }
     }
 
     /// A field that is there and not null.
@@ -89,8 +104,12 @@ impl<'a> Reader<'a> {
         let Some(value) = self.present(key) else {
             return default.ok_or_else(|| self.bad(format!("no `{key}`")));
         };
+        let largest = LARGEST.iter().find(|(name, _)| *name == key).map_or(1 << 32, |(_, largest)| *largest);
         match value.as_u64() {
-            Some(size) if size > 0 && size <= 1 << 32 => Ok(size as usize),
+            Some(size) if size > largest => {
+                Err(self.bad(format!("`{key}` is {size}, more than the {largest} that are supported")))
+            }
+            Some(size) if size > 0 => Ok(size as usize),
             _ => Err(self.bad(format!("`{key}` is {value}, not a positive whole number"))),
         }
     }
@@ -117,8 +136,8 @@ impl<'a> Reader<'a> {
     pub(super) fn positive(&self, key: &str, default: Option<f64>) -> Result<f64, ModelError> {
         match self.number(key)?.or(default) {
             None => Err(self.bad(format!("no `{key}`"))),
-            Some(number) if number > 0.0 => Ok(number),
-            Some(number) => Err(self.bad(format!("`{key}` is {number}, not a positive number"))),
+            Some(number) if is_positive(number) => Ok(number),
+            Some(number) => Err(self.bad(format!("`{key}` is {number}, not a positive number of f32"))),
         }
     }
 
@@ -156,7 +175,7 @@ impl<'a> Reader<'a> {
             max_positions,
             rope_theta,
             rope_scaling,
-            norm_epsilon: self.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+            norm_epsilon: self.positive("rms_norm_eps", Some(1e-6))? as f32,
             attention_bias: self.flag("attention_bias", false)? || architecture == Architecture::Qwen2,
             qk_norm: architecture == Architecture::Qwen3,
             tied: self.flag("tie_word_embeddings", false)?,
@@ -228,6 +247,11 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// Whether a number is positive and finite, also once it is rounded to `f32`.
+fn is_positive(number: f64) -> bool {
+    number as f32 > 0.0 && (number as f32).is_finite()
+}
+
 fn is_off(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -236,5 +260,63 @@ fn is_off(value: &Value) -> bool {
         Value::Array(values) => values.is_empty(),
         Value::Object(fields) => fields.is_empty(),
         Value::String(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(key: &str, value: Value) -> Result<DecoderConfig, String> {
+        let mut config = json!({
+            "model_type": "llama", "vocab_size": 16, "hidden_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 2,
+        });
+        config[key] = value;
+        Reader::new(Path::new("config.json"), &config).config().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn sizes_beyond_any_model_are_refused_by_name() {
+        for (key, largest) in LARGEST {
+            for size in [largest + 1, 1 << 33, 1 << 53, u64::MAX] {
+                let error = read(key, json!(size)).err();
+                let named = error.as_ref().is_some_and(|error| error.contains(&format!("`{key}` is {size}")));
+                assert!(named || key.starts_with("original"), "{key}: {error:?}");
+            }
+        }
+        // Two gigabytes of frequencies were once computed to see whether they are finite.
+        assert!(read("head_dim", json!(1_u64 << 32)).is_err());
+        assert!(read("head_dim", json!(1 << 14)).is_ok());
+    }
+
+    #[test]
+    fn no_product_of_the_largest_sizes_overflows() {
+        let largest = |key: &str| LARGEST.iter().find(|(name, _)| *name == key).map(|(_, size)| *size);
+        let product =
+            |keys: &[&str]| keys.iter().try_fold(4_u64, |bytes, key| bytes.checked_mul(largest(key)?));
+        let layers = ["num_hidden_layers", "hidden_size"];
+        assert!(product(&[&layers[..], &["num_attention_heads", "head_dim"]].concat()).is_some());
+        assert!(product(&[&layers[..], &["intermediate_size"]].concat()).is_some());
+        assert!(product(&["vocab_size", "hidden_size"]).is_some());
+        assert!(product(&["max_position_embeddings", "head_dim"]).is_some());
+    }
+
+    #[test]
+    fn numbers_that_f32_does_not_have_are_refused_by_name() {
+        for key in ["rms_norm_eps", "rope_theta"] {
+            for number in [json!(1e308), json!(-1.0), json!(1e-320), json!(0)] {
+                assert!(read(key, number.clone()).is_err_and(|error| error.contains(key)), "{key} {number}");
+            }
+        }
+    }
+
+    #[test]
+    fn messages_do_not_repeat_whole_files() {
+        for key in ["hidden_size", "model_type", "hidden_act", "rope_scaling", "layer_types"] {
+            let error = read(key, json!([format!("{key}{}", "x".repeat(1 << 20))])).unwrap_err();
+            assert!(error.len() < 1000, "{key}");
+        }
     }
 }
