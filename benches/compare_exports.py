@@ -3,8 +3,9 @@
     python benches/compare_exports.py MODEL_DIR [ADAPTER_DIR BASE_DIR]
 
 Runs `rpt logprobs` (RPT, default target/release/rpt) and transformers in float32 on the same random ids
-and prints the largest difference. With an adapter, MODEL_DIR is the merged export, and peft puts
-ADAPTER_DIR on BASE_DIR. Needs torch, transformers and, for adapters, peft.
+and prints the largest difference, beside the difference of each from transformers in float64. With an
+adapter, MODEL_DIR is the merged export, and peft puts ADAPTER_DIR on BASE_DIR. Needs torch, transformers
+and, for adapters, peft.
 """
 
 import json
@@ -25,28 +26,34 @@ def ours(directory, ids):
 
 def theirs(model, ids):
     with torch.no_grad():
-        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
     return logprobs[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def load(merged, adapter, dtype):
+    models = {"transformers": AutoModelForCausalLM.from_pretrained(merged, dtype=dtype)}
+    if adapter:
+        from peft import PeftModel
+
+        base = AutoModelForCausalLM.from_pretrained(adapter[1], dtype=dtype)
+        models["peft"] = PeftModel.from_pretrained(base, adapter[0]).to(dtype)
+    return {name: model.eval() for name, model in models.items()}
 
 
 def main():
     merged, *adapter = sys.argv[1:]
-    models = {"transformers": AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)}
-    if adapter:
-        from peft import PeftModel
-
-        base = AutoModelForCausalLM.from_pretrained(adapter[1], dtype=torch.float32)
-        models["peft"] = PeftModel.from_pretrained(base, adapter[0])
+    single, double = load(merged, adapter, torch.float32), load(merged, adapter, torch.float64)
     tokenizer = AutoTokenizer.from_pretrained(merged)
     print("tokenizer:", len(tokenizer), "ids, ends with", tokenizer.eos_token)
     generator = torch.Generator().manual_seed(0)
-    for name, model in models.items():
-        model.eval()
-        largest = 0.0
-        for length in (2, 17, 128, 200):
-            ids = torch.randint(0, len(tokenizer), (length,), generator=generator).tolist()
-            largest = max(largest, (ours(merged, ids) - theirs(model, ids)).abs().max().item())
-        print(f"{name}: largest difference of a log-probability {largest:.3g}")
+    prompts = [torch.randint(0, len(tokenizer), (n,), generator=generator).tolist() for n in (2, 17, 128, 200)]
+    for name in single:
+        pairs = [(ours(merged, ids), theirs(single[name], ids), theirs(double[name], ids)) for ids in prompts]
+        largest = lambda a, b: max((pair[a] - pair[b]).abs().max().item() for pair in pairs)
+        print(
+            f"{name}: largest difference of a log-probability {largest(0, 1):.3g};"
+            f" from float64: rpt {largest(0, 2):.3g}, {name} {largest(1, 2):.3g}"
+        )
 
 
 main()

@@ -29,7 +29,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = SHARD_BYTES)]
     shard_bytes: u64,
     /// Write the low-rank adapter alone, as a PEFT directory, instead of the merged model
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["dtype", "shard_bytes"])]
     adapter: bool,
 }
 

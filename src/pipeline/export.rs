@@ -1,12 +1,12 @@
 //! A model of a run as a Hugging Face directory.
 
-use super::directory::RunDirectory;
+use super::directory::{RunDirectory, RunModel};
 use super::error::PipelineError;
 use super::run::resolved_text;
 use crate::error::Error;
 use crate::model::{Dtype, ModelError, SHARD_BYTES};
 use crate::report::{ModelCard, licence_of};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Which model is exported, and how.
 #[derive(Clone, Debug)]
@@ -54,41 +54,67 @@ impl RunDirectory {
     /// When there is no such checkpoint, or a file cannot be read or written.
     pub fn export(&self, directory: &Path, options: &ExportOptions) -> Result<(), Error> {
         let model = self.model(options.stage.as_deref(), options.step)?;
-        let named = self.pipeline().model.path.as_deref().map(|path| path.display().to_string());
-        if options.adapter {
-            return Ok(model.decoder.save_adapter(directory, &named.unwrap_or_default())?);
+        if options.adapter && self.pipeline().model.lora.is_none() {
+            let message = format!("the models of {} have no adapter", self.path().display());
+            let hint = "leave out --adapter: the model itself is exported then".into();
+            return Err(PipelineError::Missing { message, hint }.into());
         }
+        let base = self.local_model()?;
+        let card = self.model_card(&model, options, base.as_deref())?;
+        if options.adapter {
+            let named = |path: &PathBuf| hub_name(path).unwrap_or_else(|| path.display().to_string());
+            let base = self.pipeline().model.path.as_ref().map(named);
+            model.decoder.save_adapter(directory, &base.unwrap_or_default())?;
+        } else {
+            self.save_merged(&model, directory, options, base.as_deref())?;
+        }
+        let path = directory.join("README.md");
+        Ok(std::fs::write(&path, card.to_markdown()).map_err(PipelineError::io(&path))?)
+    }
+
+    fn save_merged(
+        &self,
+        model: &RunModel,
+        directory: &Path,
+        options: &ExportOptions,
+        base: Option<&Path>,
+    ) -> Result<(), Error> {
         let (tokenizer, special) = self.tokenizer()?;
         let dtype = options.dtype.unwrap_or(model.decoder.dtype());
-        let (ends, bos) = (special.ends(), special.bos);
-        model.decoder.save_as(directory, dtype, options.shard_bytes, &ends, bos)?;
+        model.decoder.save_as(directory, dtype, options.shard_bytes, &special.ends(), special.bos)?;
         tokenizer.save(directory, &special)?;
-        let base = self.local_model()?;
-        if let Some(base) = &base {
-            hand_on(base, directory)?;
-        }
-        let card = ModelCard {
+        Ok(base.map_or(Ok(()), |base| hand_on(base, directory))?)
+    }
+
+    fn model_card(
+        &self,
+        model: &RunModel,
+        options: &ExportOptions,
+        base: Option<&Path>,
+    ) -> Result<ModelCard, Error> {
+        let decoder = &model.decoder;
+        let dtype = if options.adapter { Dtype::F32 } else { options.dtype.unwrap_or(decoder.dtype()) };
+        // Where a local model lies is nobody's business.
+        let named = |path: &PathBuf| hub_name(path).unwrap_or_else(|| directory_name(path));
+        let layout = if options.adapter { decoder.trainable() } else { decoder.layout() };
+        Ok(ModelCard {
             name: directory_name(self.path()),
-            base: named.map(|name| base_name(&name)),
-            licence: base.as_deref().map(licence_of).unwrap_or_default(),
-            checkpoint: model.checkpoint,
-            parameters: model.decoder.layout().len() as u64,
+            base: self.pipeline().model.path.as_ref().map(named),
+            licence: base.map(licence_of).unwrap_or_default(),
+            checkpoint: model.checkpoint.clone(),
+            parameters: layout.len() as u64,
+            adapter: options.adapter,
             dtype: dtype.name(),
             corpus: self.pipeline().corpus.source.clone(),
             tables: self.tables()?,
             recipe: resolved_text(self.pipeline())?,
-        };
-        let path = directory.join("README.md");
-        Ok(std::fs::write(&path, card.to_markdown()).map_err(PipelineError::io(&path))?)
+        })
     }
 }
 
-/// `owner/name` on the Hub, or the last part of a path.
-fn base_name(path: &str) -> String {
-    match path.strip_prefix("hf://") {
-        Some(reference) => reference.split('@').next().unwrap_or_default().to_owned(),
-        None => directory_name(Path::new(path)),
-    }
+/// `owner/name` of a model on the Hub.
+fn hub_name(path: &Path) -> Option<String> {
+    Some(path.to_str()?.strip_prefix("hf://")?.split('@').next()?.to_owned())
 }
 
 fn directory_name(path: &Path) -> String {

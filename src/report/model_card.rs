@@ -17,8 +17,10 @@ pub struct ModelCard {
     pub licence: Vec<String>,
     /// Stage and step of the checkpoint; none for an untrained model.
     pub checkpoint: Option<(String, u64)>,
-    /// Number of parameters.
+    /// Number of parameters, of the adapter alone where it is one.
     pub parameters: u64,
+    /// Whether this is a low-rank adapter to be put on the base model.
+    pub adapter: bool,
     /// Number format of the weights.
     pub dtype: &'static str,
     /// Where the training text came from.
@@ -32,7 +34,8 @@ pub struct ModelCard {
 impl ModelCard {
     /// The card, with the metadata block that the Hugging Face Hub reads.
     pub fn to_markdown(&self) -> String {
-        let mut text = String::from("---\nlibrary_name: transformers\npipeline_tag: text-generation\n");
+        let library = if self.adapter { "peft" } else { "transformers" };
+        let mut text = format!("---\nlibrary_name: {library}\npipeline_tag: text-generation\n");
         text.push_str("tags:\n- reinforcement-pre-training\n");
         if let Some(base) = &self.base {
             // Writing to a string cannot fail, here and below.
@@ -60,9 +63,10 @@ impl ModelCard {
             None => String::new(),
         };
         format!(
-            "A language model of {millions:.3} million parameters ({}), made from {start} with rpt {} by \
+            "A {} of {millions:.3} million parameters ({}), made from {start} with rpt {} by \
              [reinforcement pre-training](https://arxiv.org/abs/2506.08007): before it predicts the next tokens of a \
              text it may think. {stage}",
+            if self.adapter { "low-rank adapter" } else { "language model" },
             self.dtype,
             env!("CARGO_PKG_VERSION")
         )
