@@ -78,8 +78,11 @@ fn adapted() -> &'static Adapted {
         let base = place.path("base");
         let arguments = ["export", "--stage", "pretrain", "--out"].map(Path::new);
         succeeds(arguments.into_iter().chain([base.as_path(), &place.path("scratch")]));
-        let mut text = format!("seed = 1\n[corpus]\nsource = '{}'\n", place.path("corpus").display());
-        text += &format!("[model]\npath = '{}'\n[model.lora]\nrank = 4\nalpha = 8.0\n", base.display());
+        let text = format!(
+            "seed = 1\n[corpus]\nsource = '{}'\n[model]\npath = '{}'\n[model.lora]\nrank = 4\nalpha = 8.0\n",
+            place.path("corpus").display(),
+            base.display()
+        );
         let pipeline = place.path("adapter.toml");
         fs::write(&pipeline, text + SETTINGS).unwrap();
         let adapted = Adapted { place, base, pipeline };

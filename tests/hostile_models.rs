@@ -16,6 +16,7 @@ use mutate::{Draw, damage, json, number, safetensors};
 use rpt::config::{ScratchModel, TokenizerConfig};
 use rpt::model::{Decoder, DecoderConfig, Dtype, Layout, directory_digest};
 use rpt::tokenize::{ChatTemplate, Message, SpecialTokens, Tokenizer, train_byte_level_bpe};
+use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -258,15 +259,14 @@ fn any_weights_are_loaded_or_refused() {
 fn any_index_is_followed_or_refused() {
     let (config, weights) = tiny_model();
     let names = ["a.safetensors", "b.safetensors"];
-    let length = u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
-    let header: Value = serde_json::from_slice(&weights[8..8 + length]).unwrap();
-    let map: serde_json::Map<String, Value> = header
-        .as_object()
-        .unwrap()
-        .keys()
-        .zip(names.iter().cycle())
-        .map(|(k, v)| (k.clone(), json!(v)))
-        .collect();
+    let tensors = SafeTensors::deserialize(&weights).unwrap();
+    let part = |file: usize| {
+        let chosen = tensors.names().into_iter().enumerate().filter(|(at, _)| at % 2 == file);
+        safetensors::serialize(chosen.map(|(_, name)| (name, tensors.tensor(name).unwrap())), None).unwrap()
+    };
+    let parts = [part(0), part(1)];
+    let placed = tensors.names().into_iter().zip(names.iter().cycle());
+    let map: serde_json::Map<String, Value> = placed.map(|(name, file)| (name.into(), json!(file))).collect();
     let index = json!({ "metadata": { "total_size": 1000 }, "weight_map": map });
     let mut donors: Vec<Value> = [
         "../x",
@@ -286,10 +286,10 @@ fn any_index_is_followed_or_refused() {
     donors.push(json!({ "weight_map": {} }));
     donors.push(json!({ "weight_map": { "x": "a.safetensors" } }));
     let make = |draw: &mut Draw| {
-        let second = if draw.one_in(3) { safetensors(draw, &weights) } else { weights.clone() };
+        let second = if draw.one_in(3) { safetensors(draw, &parts[1]) } else { parts[1].clone() };
         vec![
             ("config.json", config.to_string().into_bytes()),
-            ("a.safetensors", weights.clone()),
+            ("a.safetensors", parts[0].clone()),
             ("b.safetensors", second),
             ("model.safetensors.index.json", json(draw, &index, &donors)),
         ]

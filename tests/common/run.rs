@@ -214,7 +214,7 @@ pub(crate) fn assert_same_result(one: &Path, other: &Path) {
     for part in ["eval", "tasks", "tokenizer", "corpus", "ledger.jsonl", "pipeline.toml"] {
         let of = |run: &Path| {
             let path = run.join(part);
-            if path.is_file() { vec![path] } else { path.is_dir().then(|| files(&path)).unwrap_or_default() }
+            if path.is_file() { vec![path] } else { fs::read_dir(&path).map_or(Vec::new(), |_| files(&path)) }
         };
         let hidden = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with('.');
         let relative = |run: &Path| -> Vec<PathBuf> {
