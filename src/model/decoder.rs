@@ -140,14 +140,7 @@ impl Decoder {
             return adapter.merge_into(&mut self.weights);
         }
         for parameter in self.layout.parameters() {
-            let values = &parameters[parameter.range.clone()];
-            if parameter.is_vector() {
-                let mut rounded = values.to_vec();
-                self.weights.dtype.round(&mut rounded);
-                self.weights.set_rows(parameter, 0, &rounded);
-            } else {
-                self.weights.set_rows(parameter, 0, values);
-            }
+            self.weights.set_rows(parameter, 0, &parameters[parameter.range.clone()]);
         }
     }
 

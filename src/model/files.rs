@@ -26,7 +26,7 @@ impl Decoder {
         Self::load_as(directory, None)
     }
 
-    /// Loads a model directory, its matrices rounded to `dtype`.
+    /// Loads a model directory, its weights rounded to `dtype`.
     ///
     /// The files are mapped and read a window at a time: memory holds the weights once.
     ///
@@ -116,10 +116,10 @@ fn misfit(files: &TensorFiles, parameter: &Parameter) -> Option<String> {
     }
 }
 
-/// The format of the matrices; `f32`, which holds them all exactly, where they differ.
+/// The format of the tensors; `f32`, which holds them all exactly, where they differ.
 fn common_dtype(files: &TensorFiles, layout: &Layout) -> Dtype {
-    let matrices = layout.parameters().iter().filter(|parameter| !parameter.is_vector());
-    let mut dtypes = matrices.filter_map(|parameter| files.get(&parameter.name)?.dtype.ok());
+    let mut dtypes =
+        layout.parameters().iter().filter_map(|parameter| files.get(&parameter.name)?.dtype.ok());
     let first = dtypes.next().unwrap_or_default();
     if dtypes.all(|dtype| dtype == first) { first } else { Dtype::F32 }
 }

@@ -89,18 +89,23 @@ impl Weights {
         self.embedding.as_ref().unwrap_or(&self.head)
     }
 
-    /// Replaces rows of a parameter from `first` on. Matrices are rounded to the format, vectors are
-    /// kept as they are.
+    /// Replaces rows of a parameter from `first` on, rounded to the format. Vectors are rounded too,
+    /// though they are stored widened: what was evaluated is what an export holds.
     pub(super) fn set_rows(&mut self, parameter: &Parameter, first: usize, rows: &[f32]) {
+        let dtype = self.dtype;
+        let set_vector = |vector: &mut [f32]| {
+            vector.copy_from_slice(rows);
+            dtype.round(vector);
+        };
         match parameter.place {
             Place::Embedding => self.embedding.as_mut().unwrap_or(&mut self.head).set_rows(first, rows),
             Place::Head => self.head.set_rows(first, rows),
-            Place::FinalNorm => self.final_norm.copy_from_slice(rows),
+            Place::FinalNorm => set_vector(&mut self.final_norm),
             Place::Matrix { layer, matrix, first: start } => {
                 self.layers[layer][matrix].set_columns(start + first, rows);
             }
             Place::Vector { layer, vector, first } => {
-                self.layers[layer][vector][first..][..rows.len()].copy_from_slice(rows);
+                set_vector(&mut self.layers[layer][vector][first..][..rows.len()]);
             }
             Place::Adapter => {}
         }
