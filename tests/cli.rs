@@ -7,10 +7,10 @@ mod common;
 
 use command::{RPT, refuses, rpt, succeeds, texts, write_texts};
 use rpt::config::{Selection, TasksConfig, TemplateName, TokenizerConfig};
-use rpt::corpus::Document;
+use rpt::corpus::{CorpusCounts, Document};
 use rpt::eval::ModelProxy;
 use rpt::model::Decoder;
-use rpt::tasks::{ChatFormat, Fingerprints, PromptTemplate, TaskBuilder};
+use rpt::tasks::{ChatFormat, Fingerprints, PromptTemplate, TaskBuilder, TaskUnits};
 use rpt::tokenize::{SpecialTokens, Tokenizer, train_byte_level_bpe};
 use serde_json::Value;
 use std::fs::{self, File, OpenOptions};
@@ -308,11 +308,12 @@ fn write_tasks(directory: &Path) {
     let template =
         PromptTemplate::new(TemplateName::Plain, &tokenizer, &special, &ChatFormat::of(&tokenizer)).unwrap();
     let settings = TasksConfig { selection: Selection::All, min_context: 2, ..TasksConfig::default() };
+    let decoder = Decoder::load(directory).unwrap();
     let builder = TaskBuilder {
         settings: &settings,
         seed: 1,
         tokenizer: &tokenizer,
-        proxy: &ModelProxy(&Decoder::load(directory).unwrap()),
+        proxy: Some(&ModelProxy(&decoder)),
         proxy_header: special.bos.into_iter().collect(),
         keep_marked: false,
     };
@@ -321,7 +322,11 @@ fn write_tasks(directory: &Path) {
         .enumerate()
         .map(|(number, text)| Ok(Document { id: format!("document-{number}"), text, marks: Vec::new() }));
     let fingerprints = Fingerprints::of(&tokenizer, &template);
-    builder.build(documents, &directory.join("tasks"), fingerprints).unwrap();
+    let units = TaskUnits::open(&directory.join("tasks"), fingerprints, u64::MAX, 1).unwrap();
+    let mut unit = units.start(0).unwrap();
+    let counts = builder.build(documents, &mut unit.writer).unwrap();
+    units.commit(unit, Vec::new(), CorpusCounts::default(), counts).unwrap();
+    units.complete(&units.gather().unwrap().unwrap()).unwrap();
 }
 
 #[test]

@@ -168,7 +168,7 @@ fn nulls_and_short_documents_are_dropped_and_counted() {
         ["long enough", "abc"]
     );
     assert_eq!(documents[1].id, "file.parquet:4");
-    assert_eq!(counts.dropped, [("null_text", 1), ("too_short", 2)].into());
+    assert_eq!(counts.dropped, [("null_text".into(), 1), ("too_short".into(), 2)].into());
     assert_eq!((counts.files, counts.row_groups, counts.documents, counts.bytes), (1, 2, 2, 14));
 }
 
@@ -500,7 +500,7 @@ fn positions_become_marks_and_bad_ones_are_counted() {
     };
     assert_eq!(marks(0), [(0, "k0".into()), (2, "k1".into())]);
     assert!(marks(1).is_empty() && marks(2).is_empty());
-    assert_eq!(counts.dropped, [("mark_outside_text", 4)].into());
+    assert_eq!(counts.dropped, [("mark_outside_text".into(), 4)].into());
     let other: ArrayRef = Arc::new(Int32Array::from(vec![1]));
     write(&path, vec![("positions", other), ("text", strings(&["abc"]))], plain());
     assert!(read_all(&config(&path)).unwrap().0[0].marks.is_empty());

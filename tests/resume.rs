@@ -196,7 +196,7 @@ fn damaged_tasks_stop_a_run() {
     let (place, _) = place();
     let run = place.copy("whole", "damaged-tasks");
     forget_the_end(&run);
-    flip(&run.join("tasks/train/tasks-00000.arrow"));
+    flip(&run.join("tasks/train/unit-00000/tasks-00000.arrow"));
     let output = place.command("run", "damaged-tasks", &[]).output().unwrap();
     refuses(&output, 1, &["tasks-00000.arrow", "checksum"]);
     fs::remove_dir_all(run.join("tasks/train")).unwrap();
@@ -241,8 +241,8 @@ fn verify_names_every_damaged_file_and_changes_nothing() {
         ),
         (checkpoints(&run, "pretrain")[0].join("state.json"), "state.json"),
         (run.join("ledger.jsonl"), "ledger.jsonl"),
-        (run.join("tasks/train/tasks-00000.arrow"), "tasks/train/tasks-00000.arrow"),
-        (run.join("tasks/eval/tasks-00000.arrow"), "tasks/eval/tasks-00000.arrow"),
+        (run.join("tasks/train/unit-00000/tasks-00000.arrow"), "tasks/train/unit-00000/tasks-00000.arrow"),
+        (run.join("tasks/eval/unit-00000/tasks-00000.arrow"), "tasks/eval/unit-00000/tasks-00000.arrow"),
     ];
     for (file, name) in damaged {
         let intact = fs::read(&file).unwrap();

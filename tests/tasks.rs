@@ -4,11 +4,11 @@
 use proptest::prelude::*;
 use rpt::Error;
 use rpt::config::{RewardConfig, Selection, TasksConfig, TemplateName, TokenizerConfig};
-use rpt::corpus::{Document, Mark};
+use rpt::corpus::{CorpusCounts, Document, Mark};
 use rpt::reward::{self, Outcome, Verifier};
 use rpt::tasks::{
     ChatFormat, Fingerprints, Manifest, Position, PositionScore, PromptTemplate, Proxy, ShardWriter, Task,
-    TaskBuilder, TaskCounts, TaskCursor, TaskDocument, TaskShards, TaskStream, TasksError, Truth,
+    TaskBuilder, TaskCounts, TaskCursor, TaskDocument, TaskShards, TaskStream, TaskUnits, TasksError, Truth,
 };
 use rpt::tokenize::{SpecialTokens, Tokenizer, train_byte_level_bpe};
 use std::collections::BTreeMap;
@@ -50,12 +50,7 @@ fn document(id: &str, text: &str) -> Document {
 }
 
 fn settings() -> TasksConfig {
-    TasksConfig {
-        min_context: 4,
-        positions_per_document: 3,
-        documents_per_shard: 100,
-        ..TasksConfig::default()
-    }
+    TasksConfig { min_context: 4, positions_per_document: 3, ..TasksConfig::default() }
 }
 
 struct Built {
@@ -81,10 +76,34 @@ fn try_build(
     documents: &[Document],
 ) -> Result<Built, Error> {
     let directory = tempfile::tempdir().unwrap();
-    let builder =
-        TaskBuilder { settings, seed: 7, tokenizer: tokenizer(), proxy, proxy_header: vec![0], keep_marked };
-    let manifest = builder.build(documents.iter().cloned().map(Ok), directory.path(), fingerprints())?;
+    let builder = TaskBuilder {
+        settings,
+        seed: 7,
+        tokenizer: tokenizer(),
+        proxy: Some(proxy),
+        proxy_header: vec![0],
+        keep_marked,
+    };
+    let manifest = build_units(&builder, directory.path(), &[documents])?;
     Ok(Built { directory, manifest })
+}
+
+/// Builds one unit of each list of documents.
+fn build_units(
+    builder: &TaskBuilder<'_>,
+    directory: &Path,
+    parts: &[&[Document]],
+) -> Result<Manifest, Error> {
+    let units = TaskUnits::open(directory, fingerprints(), builder.settings.shard_bytes, parts.len())?;
+    for (number, documents) in parts.iter().enumerate() {
+        assert!(units.gather()?.is_none());
+        let mut unit = units.start(number)?;
+        let counts = builder.build(documents.iter().cloned().map(Ok), &mut unit.writer)?;
+        units.commit(unit, Vec::new(), CorpusCounts::default(), counts)?;
+    }
+    let manifest = units.gather()?.unwrap();
+    units.complete(&manifest)?;
+    Ok(manifest)
 }
 
 fn build(settings: &TasksConfig, documents: &[Document]) -> Built {
@@ -192,27 +211,65 @@ fn a_band_that_leaves_nothing_is_an_error_with_the_quantiles() {
 }
 
 #[test]
-fn building_twice_writes_the_same_bytes_and_forgets_the_first() {
+fn building_twice_writes_the_same_bytes() {
     let documents: Vec<Document> = (0..150).map(|number| document(&format!("d{number}"), TEXT)).collect();
-    let small = TasksConfig { documents_per_shard: 70, ..settings() };
+    let small = TasksConfig { shard_bytes: 1, ..settings() };
     let (first, second) = (build(&small, &documents), build(&small, &documents));
     assert_eq!(first.manifest, second.manifest);
-    assert_eq!(first.manifest.shards.iter().map(|shard| shard.documents).collect::<Vec<_>>(), [70, 70, 10]);
+    assert_eq!(first.manifest.shards.iter().map(|shard| shard.documents).collect::<Vec<_>>(), [64, 64, 22]);
     first.shards().verify().unwrap();
     // A different seed draws other positions; here, a different document name does.
     let drawn: Vec<_> =
         first.documents().iter().map(|d| d.positions.iter().map(|p| p.index).collect::<Vec<_>>()).collect();
     assert!(drawn.windows(2).any(|pair| pair[0] != pair[1]));
-    let directory = first.directory.path();
-    let mut writer = ShardWriter::create(directory, fingerprints(), 10).unwrap();
-    assert!(matches!(Manifest::load(directory), Err(TasksError::Unfinished { .. })));
-    writer.push(sample(0, 2)).unwrap();
-    let mut counts = first.manifest.counts.clone();
-    counts.positions = 2;
-    writer.finish(counts).unwrap();
-    let names: Vec<_> =
-        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(names.len(), 2, "{names:?}");
+}
+
+#[test]
+fn documents_are_the_same_in_one_unit_and_in_several() {
+    let documents: Vec<Document> = (0..90).map(|number| document(&format!("d{number}"), TEXT)).collect();
+    let whole = build(&settings(), &documents);
+    let (settings, proxy) = (settings(), Ramp { step: 0.1, ..Ramp::default() });
+    let builder = TaskBuilder {
+        settings: &settings,
+        seed: 7,
+        tokenizer: tokenizer(),
+        proxy: Some(&proxy),
+        proxy_header: vec![0],
+        keep_marked: false,
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let parts = [&documents[..20], &[], &documents[20..85], &documents[85..]];
+    let manifest = build_units(&builder, directory.path(), &parts).unwrap();
+    let parts = Built { directory, manifest };
+    assert_eq!(parts.documents(), whole.documents());
+    assert_eq!(parts.manifest.counts, whole.manifest.counts);
+    assert_eq!(parts.manifest.shards[1].file, "unit-00002/tasks-00000.arrow");
+    parts.shards().verify().unwrap();
+}
+
+#[test]
+fn of_two_workers_on_one_unit_the_first_counts() {
+    let directory = tempfile::tempdir().unwrap();
+    let units = TaskUnits::open(directory.path(), fingerprints(), 1, 2).unwrap();
+    let counts = || TaskCounts { positions: 2, ..build(&settings(), &[document("a", TEXT)]).manifest.counts };
+    let (mut first, mut second) = (units.start(1).unwrap(), units.start(1).unwrap());
+    let abandoned = units.start(0).unwrap();
+    for unit in [&mut first, &mut second] {
+        unit.writer.push(sample(0, 2)).unwrap();
+    }
+    for unit in [first, second] {
+        units.commit(unit, Vec::new(), CorpusCounts::default(), counts()).unwrap();
+        assert!(units.is_committed(1) && !units.is_committed(0));
+    }
+    drop(abandoned);
+    let mut last = units.start(0).unwrap();
+    last.writer.push(sample(1, 2)).unwrap();
+    units.commit(last, Vec::new(), CorpusCounts::default(), counts()).unwrap();
+    units.complete(&units.gather().unwrap().unwrap()).unwrap();
+    let shards = TaskShards::open(directory.path(), &fingerprints()).unwrap();
+    assert_eq!([shards.document(0).unwrap(), shards.document(1).unwrap()], [sample(1, 2), sample(0, 2)]);
+    // What stopped workers left is gone.
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 3);
 }
 
 #[test]
@@ -224,12 +281,39 @@ fn errors_of_the_corpus_pass_through() {
         settings: &settings,
         seed: 0,
         tokenizer: tokenizer(),
-        proxy: &proxy,
+        proxy: Some(&proxy),
         proxy_header: vec![],
         keep_marked: false,
     };
-    assert!(builder.build(failing, directory.path(), fingerprints()).is_err());
+    let mut writer = ShardWriter::new(directory.path(), fingerprints(), 1);
+    assert!(builder.build(failing, &mut writer).is_err());
     assert!(Manifest::load(directory.path()).is_err());
+}
+
+#[test]
+fn without_a_proxy_positions_are_drawn_all_the_same() {
+    let settings =
+        TasksConfig { selection: Selection::Random, random_share: 0.3, score: false, ..settings() };
+    let documents = [document("a", TEXT), document("b", TEXT)];
+    let scored = build(&settings, &documents);
+    let builder = TaskBuilder {
+        settings: &settings,
+        seed: 7,
+        tokenizer: tokenizer(),
+        proxy: None,
+        proxy_header: vec![0],
+        keep_marked: false,
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let manifest = build_units(&builder, directory.path(), &[&documents]).unwrap();
+    let unscored = Built { directory, manifest };
+    let indices = |built: &Built| -> Vec<Vec<u32>> {
+        let of = |document: &TaskDocument| document.positions.iter().map(|position| position.index).collect();
+        built.documents().iter().map(of).collect()
+    };
+    assert_eq!(indices(&unscored), indices(&scored));
+    assert!(unscored.documents().iter().flat_map(|d| &d.positions).all(|position| position.entropy == 0.0));
+    assert_eq!(unscored.manifest.counts.entropy.quantile(1.0), None);
 }
 
 fn sample(number: u32, positions: u32) -> TaskDocument {
@@ -251,15 +335,15 @@ fn sample(number: u32, positions: u32) -> TaskDocument {
 }
 
 /// Writes documents as shards.
-fn shard(documents: &[TaskDocument], per_shard: usize) -> Built {
+fn shard(documents: &[TaskDocument], shard_bytes: u64) -> Built {
     let directory = tempfile::tempdir().unwrap();
-    let mut writer = ShardWriter::create(directory.path(), fingerprints(), per_shard).unwrap();
+    let mut writer = ShardWriter::new(directory.path(), fingerprints(), shard_bytes);
     for document in documents {
         writer.push(document.clone()).unwrap();
     }
     let mut counts = build(&settings(), &[document("a", TEXT)]).manifest.counts;
     counts.positions = documents.iter().map(|document| document.positions.len() as u64).sum();
-    let manifest = writer.finish(counts).unwrap();
+    let manifest = writer.finish(Vec::new(), CorpusCounts::default(), counts).unwrap();
     Built { directory, manifest }
 }
 
@@ -267,9 +351,9 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn shards_give_back_what_was_written(counts in prop::collection::vec(1_u32..6, 1..150), per_shard in 1_usize..90) {
+    fn shards_give_back_what_was_written(counts in prop::collection::vec(1_u32..6, 1..150), shard_bytes in 1_u64..60_000) {
         let documents: Vec<TaskDocument> = counts.iter().zip(0..).map(|(&count, number)| sample(number, count)).collect();
-        let built = shard(&documents, per_shard);
+        let built = shard(&documents, shard_bytes);
         prop_assert_eq!(built.documents(), documents);
         prop_assert_eq!(built.shards().positions(), u64::from(counts.iter().sum::<u32>()));
         prop_assert!(built.shards().verify().is_ok());
@@ -410,7 +494,7 @@ fn damaged_manifests_are_refused() {
         read_damaged(built.directory.path()).unwrap_err()
     };
     assert!(matches!(
-        with("\"schema_version\": 2", "\"schema_version\": 1"),
+        with("\"schema_version\": 3", "\"schema_version\": 1"),
         TasksError::Version { found: 1, .. }
     ));
     for (from, to) in [

@@ -4,9 +4,10 @@ use super::CheckpointError;
 use super::error::at;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// An advisory exclusive lock on a directory (`flock` on `DIR/.lock`), held until it is dropped.
+/// An advisory lock on a directory (`flock` on `DIR/.lock`), held until it is dropped: exclusive, or shared
+/// by workers that stay out of each other's way.
 ///
 /// The system releases it when the process ends, however it ends; the file itself stays.
 #[derive(Debug)]
@@ -20,24 +21,34 @@ impl RunLock {
     /// # Errors
     /// [`CheckpointError::Locked`] if another process holds it, or what the system said.
     pub fn acquire(directory: &Path) -> Result<Self, CheckpointError> {
-        let path = directory.join(".lock");
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(at(&path))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(CheckpointError::Locked { holder: holder(&file), path });
-            }
-            Err(TryLockError::Error(source)) => return Err(at(&path)(source)),
-        }
+        let (mut file, path) = open(directory)?;
+        locked(file.try_lock(), &file, &path)?;
         write_process(&mut file).map_err(at(&path))?;
         Ok(Self { _file: file })
     }
+
+    /// Takes the lock without waiting, beside others that share it.
+    ///
+    /// # Errors
+    /// As [`RunLock::acquire`].
+    pub fn share(directory: &Path) -> Result<Self, CheckpointError> {
+        let (file, path) = open(directory)?;
+        locked(file.try_lock_shared(), &file, &path)?;
+        Ok(Self { _file: file })
+    }
+}
+
+fn open(directory: &Path) -> Result<(File, PathBuf), CheckpointError> {
+    let path = directory.join(".lock");
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+    Ok((file.map_err(at(&path))?, path))
+}
+
+fn locked(taken: Result<(), TryLockError>, file: &File, path: &Path) -> Result<(), CheckpointError> {
+    taken.map_err(|error| match error {
+        TryLockError::WouldBlock => CheckpointError::Locked { holder: holder(file), path: path.to_owned() },
+        TryLockError::Error(source) => at(path)(source),
+    })
 }
 
 fn write_process(file: &mut File) -> std::io::Result<()> {

@@ -11,6 +11,7 @@ mod input;
 mod inspect;
 mod logprobs;
 mod output;
+mod prepare;
 mod report;
 mod rollout;
 mod run;
@@ -46,9 +47,14 @@ enum Command {
     /// checkpoint with exit code 75; a second signal ends it at once.
     #[command(after_help = help("rpt run pipelines/quickstart.toml --set train.steps=20"))]
     Run(run::Arguments),
-    /// Run a pipeline until its tasks are built
-    #[command(after_help = help("rpt prepare pipelines/quickstart.toml --out runs/quickstart"))]
-    Prepare(run::Arguments),
+    /// Run a pipeline until its tasks are built, by one worker or by many
+    ///
+    /// The corpus is cut into units by the footers of its files, so every worker finds the same. Workers share
+    /// the run directory and nothing else: each builds its units and commits them whole. A worker may be killed
+    /// and started again, run twice at once, or come in any order; the tasks have the same bytes. Whoever
+    /// finds all units built completes the tasks.
+    #[command(after_help = help("rpt prepare pipeline.toml --out /shared/run --shard 3/64"))]
+    Prepare(prepare::ShareArguments),
     /// Run a pipeline until its model is trained, without the evaluation
     #[command(after_help = help("rpt train pipelines/quickstart.toml"))]
     Train(run::Arguments),
@@ -96,7 +102,7 @@ impl Command {
     fn execute(&self) -> anyhow::Result<()> {
         match self {
             Self::Run(arguments) => arguments.execute(Until::End),
-            Self::Prepare(arguments) => arguments.execute(Until::Tasks),
+            Self::Prepare(arguments) => arguments.execute(),
             Self::Train(arguments) => arguments.execute(Until::Train),
             Self::Eval(arguments) => arguments.execute(),
             Self::Report(arguments) => arguments.execute(),

@@ -1,7 +1,8 @@
-//! `rpt run`, `rpt prepare` and `rpt train`: a pipeline up to some stage.
+//! `rpt run` and `rpt train`: a pipeline up to some stage.
 
 use super::output;
 use anyhow::Context;
+use rpt::config::Loaded;
 use rpt::pipeline::{self, RunOptions, RunOutcome, Until};
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -23,19 +24,19 @@ pub(super) struct Arguments {
     set: Vec<String>,
     /// Run directory [default: named after the pipeline file]
     #[arg(long, value_name = "DIR")]
-    out: Option<PathBuf>,
+    pub(super) out: Option<PathBuf>,
     /// Resolve and check everything, print the plan with its derived sizes, and touch nothing (of a model on
     /// the Hub the configuration is fetched)
     #[arg(long)]
-    dry_run: bool,
+    pub(super) dry_run: bool,
     /// Print JSON
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 impl Arguments {
     pub(super) fn execute(&self, until: Until) -> anyhow::Result<()> {
-        let loaded = rpt::config::load(&self.pipeline, &self.set).map_err(rpt::Error::from)?;
+        let loaded = self.load()?;
         if self.dry_run {
             let plan = pipeline::plan(&loaded)?;
             return if self.json { output::json(&plan) } else { output::line(plan.to_string().trim_end()) };
@@ -43,6 +44,10 @@ impl Arguments {
         let options = RunOptions { out: self.out.clone(), until };
         let outcome = pipeline::run(&loaded, &options, &interrupt_flag()?)?;
         self.print(&outcome)
+    }
+
+    pub(super) fn load(&self) -> anyhow::Result<Loaded> {
+        Ok(rpt::config::load(&self.pipeline, &self.set).map_err(rpt::Error::from)?)
     }
 
     fn print(&self, outcome: &RunOutcome) -> anyhow::Result<()> {
@@ -62,7 +67,7 @@ impl Arguments {
 }
 
 /// A flag that the first Ctrl-C or SIGTERM sets; the second ends the process.
-fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
+pub(super) fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
     let interrupt = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         // Actions run in the order of their registration: the first signal finds the flag unset.

@@ -348,8 +348,12 @@ pub struct TasksConfig {
     pub random_share: f32,
     /// Use at most so many documents.
     pub max_documents: Option<u64>,
-    /// Documents in one task shard.
-    pub documents_per_shard: usize,
+    /// Score positions with the proxy. `false` needs the selection `random` or `all`, and no model runs.
+    pub score: bool,
+    /// Bytes of text in one unit of work: what a worker of a sharded job builds and commits at a time.
+    pub unit_bytes: u64,
+    /// Bytes of one task shard.
+    pub shard_bytes: u64,
 }
 
 impl Default for TasksConfig {
@@ -367,7 +371,9 @@ impl Default for TasksConfig {
             max_document_tokens: 4096,
             random_share: 0.05,
             max_documents: None,
-            documents_per_shard: 4096,
+            score: true,
+            unit_bytes: 256 << 20,
+            shard_bytes: 256 << 20,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Combinations of values that could not work, refused before anything runs.
 
-use super::{ConfigError, OptimizerConfig, Pipeline};
+use super::{ConfigError, OptimizerConfig, Pipeline, Selection};
 use crate::hub::{HubError, HubReference, RepositoryKind, is_remote};
 use crate::model::MODULES;
 use std::path::{Path, PathBuf};
@@ -118,10 +118,16 @@ impl Pipeline {
             "lower min_entropy or raise top_k",
         )?;
         require(
-            tasks.positions_per_document > 0 && tasks.documents_per_shard > 0,
+            tasks.positions_per_document > 0 && tasks.unit_bytes > 0 && tasks.shard_bytes > 0,
             "tasks.positions_per_document",
-            "must be at least 1, as must documents_per_shard",
+            "must be at least 1, as must unit_bytes and shard_bytes",
             "leave it out for the default",
+        )?;
+        require(
+            tasks.score || tasks.selection != Selection::Entropy,
+            "tasks.score",
+            "is false, but the selection `entropy` chooses by scores",
+            "set tasks.selection to \"random\" or \"all\", or tasks.score to true",
         )?;
         require(
             tasks.max_document_tokens > tasks.min_context,

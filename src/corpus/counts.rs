@@ -1,6 +1,7 @@
 //! What a pass over a corpus read, dropped and quarantined.
 
-use serde::Serialize;
+use super::error::CorpusError;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
@@ -16,7 +17,8 @@ pub(super) const TOO_SHORT: &str = "too_short";
 pub(super) const BAD_MARK: &str = "mark_outside_text";
 
 /// A file or row group that could not be read.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Quarantined {
     /// The file.
     pub file: PathBuf,
@@ -39,7 +41,8 @@ impl fmt::Display for Quarantined {
 }
 
 /// Counters of one pass, from its cursor on.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CorpusCounts {
     /// Files opened.
     pub files: u64,
@@ -50,7 +53,7 @@ pub struct CorpusCounts {
     /// Bytes of their text.
     pub bytes: u64,
     /// Rows and marks that were left out, by reason.
-    pub dropped: BTreeMap<&'static str, u64>,
+    pub dropped: BTreeMap<String, u64>,
     /// The first few quarantined places.
     pub quarantined: Vec<Quarantined>,
     /// Number of quarantined places.
@@ -59,7 +62,10 @@ pub struct CorpusCounts {
 
 impl CorpusCounts {
     pub(super) fn drop_one(&mut self, reason: &'static str) {
-        *self.dropped.entry(reason).or_default() += 1;
+        match self.dropped.get_mut(reason) {
+            Some(count) => *count += 1,
+            None => drop(self.dropped.insert(reason.to_owned(), 1)),
+        }
     }
 
     pub(super) fn quarantine(&mut self, place: Quarantined) {
@@ -67,6 +73,32 @@ impl CorpusCounts {
         if self.quarantined.len() < LISTED {
             self.quarantined.push(place);
         }
+    }
+
+    /// Adds the counts of a later part of the same corpus.
+    pub fn add(&mut self, part: Self) {
+        self.files += part.files;
+        self.row_groups += part.row_groups;
+        self.documents += part.documents;
+        self.bytes += part.bytes;
+        for (reason, count) in part.dropped {
+            *self.dropped.entry(reason).or_default() += count;
+        }
+        self.quarantined.extend(part.quarantined);
+        self.quarantined.truncate(LISTED);
+        self.quarantined_total += part.quarantined_total;
+    }
+
+    /// Refuses more quarantined places than `limit`.
+    ///
+    /// # Errors
+    /// Names the first of them.
+    pub fn check_quarantined(&self, limit: u64) -> Result<(), CorpusError> {
+        let total = self.quarantined_total;
+        if total <= limit {
+            return Ok(());
+        }
+        Err(CorpusError::TooManyQuarantined { total, limit, first: self.first_quarantined() })
     }
 
     /// What was left out, in words.

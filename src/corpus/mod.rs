@@ -16,12 +16,14 @@ mod reader;
 mod shard;
 mod source;
 mod traces;
+mod units;
 
 pub use counts::{CorpusCounts, Quarantined};
 pub use error::CorpusError;
 pub use generated::generated_recipe;
 pub use reader::{Corpus, Cursor, Documents};
 pub use traces::read_traces;
+pub use units::{SourceRange, Unit};
 
 /// One document of a corpus.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -63,12 +63,31 @@ impl Corpus {
         self.documents_from(Cursor::default())
     }
 
+    /// A stream of the documents between two places of which the first is reached.
+    pub(super) fn documents_between(&self, start: Place, end: Place) -> Documents {
+        let cursor = Cursor { file: start.file, row_group: start.row_group, ..Cursor::default() };
+        let is_part = (start, end) != (Place::START, Place::END);
+        Documents { end, is_part, ..self.documents_from(cursor) }
+    }
+
+    /// The largest number of documents, if there is one.
+    pub(super) fn limit(&self) -> Option<u64> {
+        self.config.max_documents
+    }
+
+    /// The files' names below the source, in reading order.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.files.iter().map(|file| file.name.as_str())
+    }
+
     /// A stream of the documents after a cursor: exactly those that the stream that gave the cursor
     /// would have gone on with.
     pub fn documents_from(&self, cursor: Cursor) -> Documents {
         Documents {
             corpus: self.clone(),
             cursor,
+            end: Place::END,
+            is_part: false,
             shard: None,
             batches: None,
             rows: None,
@@ -78,7 +97,7 @@ impl Corpus {
         }
     }
 
-    fn columns(&self, shard: &Shard, path: &Path) -> Result<Columns, CorpusError> {
+    pub(super) fn columns(&self, shard: &Shard, path: &Path) -> Result<Columns, CorpusError> {
         Columns::find(shard.schema(), path, &self.config.text_column, self.config.id_column.as_deref())
     }
 }
@@ -92,6 +111,20 @@ fn ending(path: &Path) -> io::Result<(u64, Vec<u8>)> {
     let mut end = Vec::new();
     file.take(BYTES).read_to_end(&mut end)?;
     Ok((length, end))
+}
+
+/// The start of a row group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Place {
+    pub(super) file: usize,
+    pub(super) row_group: usize,
+}
+
+impl Place {
+    /// The first row group of the first file.
+    pub(super) const START: Self = Self { file: 0, row_group: 0 };
+    /// After every file.
+    pub(super) const END: Self = Self { file: usize::MAX, row_group: 0 };
 }
 
 /// A place between two documents, from which reading can go on. Start with the default.
@@ -111,6 +144,10 @@ pub struct Cursor {
 }
 
 impl Cursor {
+    fn place(&self) -> Place {
+        Place { file: self.file, row_group: self.row_group }
+    }
+
     fn next_file(&mut self) {
         *self = Self { file: self.file + 1, row_group: 0, row: 0, ..*self };
     }
@@ -127,6 +164,10 @@ impl Cursor {
 pub struct Documents {
     corpus: Corpus,
     cursor: Cursor,
+    /// Where reading ends, at the latest.
+    end: Place,
+    /// A part without a document is no mistake.
+    is_part: bool,
     shard: Option<(Shard, Columns)>,
     batches: Option<Batches>,
     rows: Option<Rows>,
@@ -155,7 +196,10 @@ impl Documents {
 
     fn advance(&mut self) -> Result<Option<Document>, CorpusError> {
         let limit = self.corpus.config.max_documents.unwrap_or(u64::MAX);
-        while self.cursor.documents < limit && self.cursor.file < self.corpus.files.len() {
+        while self.cursor.documents < limit
+            && self.cursor.place() < self.end
+            && self.cursor.file < self.corpus.files.len()
+        {
             if let Some(document) = self.next_in_batch() {
                 return Ok(Some(document));
             }
@@ -226,7 +270,8 @@ impl Documents {
         let shard = Shard::open(path)?;
         let columns = self.corpus.columns(&shard, path).map_err(|error| error.to_string())?;
         self.shard = Some((shard, columns));
-        self.counts.files += 1;
+        // A file that several units read is counted by the first.
+        self.counts.files += u64::from(self.cursor.row_group == 0);
         Ok(())
     }
 
@@ -254,7 +299,7 @@ impl Documents {
 
     /// A stream that ends without a document ever delivered is a mistake, not a small corpus.
     fn check_not_empty(&self) -> Result<(), CorpusError> {
-        if self.cursor.documents > 0 || self.corpus.config.max_documents == Some(0) {
+        if self.cursor.documents > 0 || self.corpus.config.max_documents == Some(0) || self.is_part {
             return Ok(());
         }
         let place = self.corpus.config.source.clone();

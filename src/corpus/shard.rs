@@ -50,6 +50,15 @@ impl Shard {
         before.fold(0, |rows, group| rows.saturating_add(u64::try_from(group.num_rows()).unwrap_or(0)))
     }
 
+    /// Uncompressed bytes of top-level columns in a row group, by the footer's account.
+    pub(super) fn bytes(&self, row_group: usize, roots: &[usize]) -> u64 {
+        let mask = ProjectionMask::roots(self.metadata.parquet_schema(), roots.iter().copied());
+        let chunks = self.metadata.metadata().row_group(row_group).columns().iter().enumerate();
+        let included = chunks.filter(|(index, _)| mask.leaf_included(*index));
+        let sizes = included.map(|(_, chunk)| u64::try_from(chunk.uncompressed_size()).unwrap_or(0));
+        sizes.fold(0, u64::saturating_add)
+    }
+
     /// Reads a row group from `offset` rows on, only the given top-level columns.
     pub(super) fn batches(
         &self,

@@ -3,6 +3,7 @@
 use super::error::PipelineError;
 use super::evaluate::Evaluator;
 use super::materials::{Vocabulary, initial_decoder};
+use super::prepare::{build_tasks, has_tasks};
 use super::remote::{Scope, commits_of, localize};
 use super::run::{Paths, Run, resolved_text};
 use super::stage::{STAGES, has_checkpoints, read_decoder};
@@ -185,8 +186,8 @@ impl RunDirectory {
         let loaded = Loaded { pipeline: self.pipeline.clone(), name: String::new() };
         let run = Run::open(&loaded, self.paths.0.clone(), &Arc::new(AtomicBool::new(false)))?;
         run.vocabulary.tokenizer.check_vocabulary(decoder.config().vocab_size)?;
-        if run.sources.held_out.is_some() && !super::has_tasks(&run, "eval")? {
-            super::build_tasks(&run, "eval", &self.base(&run)?)?;
+        if run.sources.held_out.is_some() && !has_tasks(&run, "eval")? {
+            build_tasks(&run, "eval", Some(&finished_base(&run)?))?;
         }
         match Evaluator::open(&run)?.both(&decoder)? {
             Some((plain, reasoned)) => Ok(serde_json::json!({ "plain": plain, "reasoned": reasoned })),
@@ -196,25 +197,6 @@ impl RunDirectory {
             }
             .into()),
         }
-    }
-
-    /// The model before the cold start, whose entropies choose positions.
-    fn base(&self, run: &Run) -> Result<Decoder, Error> {
-        if self.pipeline.pretrain.is_none() {
-            return initial_decoder(&run.local, &run.vocabulary);
-        }
-        let finished = newest_state(&self.paths, "pretrain", &run.identity)?
-            .is_some_and(|state| state["step"].is_u64() && state["step"] == state["steps"]);
-        if finished {
-            return self.decoder(Some("pretrain"));
-        }
-        Err(PipelineError::Missing {
-            message:
-                "pre-training has not finished, and the model that it ends with chooses held-out positions"
-                    .into(),
-            hint: "run the pipeline further first".into(),
-        }
-        .into())
     }
 
     /// Writes the report again; returns its path.
@@ -271,6 +253,26 @@ impl RunDirectory {
         }
         damaged
     }
+}
+
+/// The model before the cold start, whose entropies choose positions.
+///
+/// # Errors
+/// When pre-training has not finished, or the model cannot be loaded.
+pub(super) fn finished_base(run: &Run) -> Result<Decoder, Error> {
+    if run.pipeline.pretrain.is_none() {
+        return initial_decoder(&run.local, &run.vocabulary);
+    }
+    let finished = newest_state(&run.paths, "pretrain", &run.identity)?
+        .is_some_and(|state| state["step"].is_u64() && state["step"] == state["steps"]);
+    if finished {
+        return RunDirectory::open(&run.paths.0)?.decoder(Some("pretrain"));
+    }
+    Err(PipelineError::Missing {
+        message: "pre-training has not finished, and the model that it ends with chooses positions".into(),
+        hint: "run the pipeline further first".into(),
+    }
+    .into())
 }
 
 /// The state of a stage's newest intact checkpoint.

@@ -13,6 +13,7 @@ mod export;
 mod health;
 mod materials;
 mod plan;
+mod prepare;
 mod reinforce;
 mod remote;
 mod run;
@@ -24,16 +25,16 @@ pub use directory::{RunDirectory, RunModel, VerifyReport};
 pub use error::PipelineError;
 pub use export::ExportOptions;
 pub use plan::{Plan, plan};
+pub use prepare::{Share, ShareOutcome, prepare_share};
 pub use run::{Paths, Run};
 
-use crate::config::{ColdStartConfig, Loaded, TasksConfig};
-use crate::corpus::{Corpus, Cursor};
+use crate::config::{ColdStartConfig, Loaded};
+use crate::corpus::Cursor;
 use crate::error::Error;
-use crate::eval::ModelProxy;
 use crate::model::Decoder;
-use crate::tasks::{Manifest, TaskBuilder, TaskShards, TasksError};
 use controls::evaluate_all;
 use materials::{initial_decoder, max_positions};
+use prepare::{build_tasks, scores_with_base};
 use reinforce::{ReinforceState, reinforce};
 use stage::{Finished, StageState};
 use std::path::{Path, PathBuf};
@@ -88,14 +89,18 @@ pub fn run(loaded: &Loaded, options: &RunOptions, interrupt: &Arc<AtomicBool>) -
         return Ok(RunOutcome::AlreadyFinished(directory));
     }
     let run = Run::open(loaded, directory.clone(), interrupt)?;
+    if options.until == Until::Tasks && !scores_with_base(&run) {
+        build_tasks(&run, "train", None)?;
+        return Ok(RunOutcome::Finished(directory));
+    }
     let (base, pretrain) = pretrain(&run)?;
-    build_tasks(&run, "train", &base)?;
+    build_tasks(&run, "train", Some(&base))?;
     if options.until == Until::Tasks {
         return Ok(RunOutcome::Finished(directory));
     }
     let mut trained = Trained { base, pretrain, cold_start: None, train: None };
     trained.cold_start = cold_start(&run, &trained)?;
-    build_tasks(&run, "eval", &trained.base)?;
+    build_tasks(&run, "eval", Some(&trained.base))?;
     if let Some(config) = &run.pipeline.train {
         let start = || Ok((trained.start_of_train().clone(), trained.metrics_bytes()));
         let reference = || Ok(trained.start_of_train().clone());
@@ -141,65 +146,6 @@ fn pretrain(run: &Run) -> Result<(Decoder, Option<StageState<Cursor>>), Error> {
     let examples = |cursor| CorpusExamples::open(run, config, positions, cursor);
     let finished = run_supervised(run, &stage, start, examples)?;
     Ok((finished.decoder, Some(finished.state)))
-}
-
-/// Whether the tasks of a split are built. They must be intact then, since the run goes on with them.
-fn has_tasks(run: &Run, split: &str) -> Result<bool, Error> {
-    let directory = run.paths.tasks(split);
-    if let Err(TasksError::Unfinished { .. }) = Manifest::load(&directory) {
-        return Ok(false);
-    }
-    TaskShards::open(&directory, &run.vocabulary.fingerprints())?.verify()?;
-    Ok(true)
-}
-
-/// Cuts and scores the tasks of a split, unless its shards are there.
-fn build_tasks(run: &Run, split: &str, base: &Decoder) -> Result<(), Error> {
-    if has_tasks(run, split)? {
-        return Ok(());
-    }
-    let held_out = split == "eval";
-    let (source, settings) = if held_out {
-        let Some(source) = &run.sources.held_out else { return Ok(()) };
-        let max_documents = run.pipeline.eval.as_ref().and_then(|eval| eval.max_documents);
-        let everywhere =
-            TasksConfig { positions_per_document: usize::MAX, max_documents, ..run.pipeline.tasks.clone() };
-        (source, everywhere)
-    } else {
-        (&run.sources.tasks, run.pipeline.tasks.clone())
-    };
-    let proxy = run.local.tasks.proxy.as_deref().map(Decoder::load).transpose()?;
-    if let Some(proxy) = &proxy {
-        run.vocabulary.tokenizer.check_vocabulary(proxy.config().vocab_size)?;
-    }
-    let builder = TaskBuilder {
-        settings: &settings,
-        seed: run.pipeline.seed,
-        tokenizer: &run.vocabulary.tokenizer,
-        proxy: &ModelProxy(proxy.as_ref().unwrap_or(base)),
-        proxy_header: run.vocabulary.special.bos.into_iter().collect(),
-        keep_marked: held_out,
-    };
-    let mut documents = Corpus::open(source)?.documents();
-    let manifest = builder.build(
-        documents.by_ref().map(|document| {
-            run.check_interrupt(|| format!("before tasks/{split} were complete"))?;
-            document.map_err(Error::from)
-        }),
-        &run.paths.tasks(split),
-        run.vocabulary.fingerprints(),
-    )?;
-    let counts = documents.counts();
-    for place in &counts.quarantined {
-        run.log.warn(format!("quarantined {place}"));
-    }
-    run.log.say(format!(
-        "tasks/{split}: {} positions in {} documents ({} quarantined places)",
-        manifest.positions(),
-        manifest.documents(),
-        counts.quarantined_total
-    ));
-    Ok(())
 }
 
 fn cold_start(run: &Run, trained: &Trained) -> Result<Option<Finished<Cursor>>, Error> {

@@ -4,7 +4,7 @@ use super::error::PipelineError;
 use super::materials::{Sources, Vocabulary, read_json, write_json};
 use super::remote::{Commits, Local, Scope, commits_of, localize};
 use super::stage::has_successors;
-use crate::checkpoint::{RunLock, atomic_write};
+use crate::checkpoint::{CheckpointError, RunLock, atomic_write};
 use crate::config::{CorpusConfig, Loaded, Pipeline};
 use crate::corpus::Corpus;
 use crate::error::Error;
@@ -99,11 +99,32 @@ impl Run {
     /// When the directory belongs to another pipeline, another process or something else, or
     /// corpus or tokenizer cannot be opened.
     pub fn open(loaded: &Loaded, directory: PathBuf, interrupt: &Arc<AtomicBool>) -> Result<Self, Error> {
+        Self::open_with(loaded, directory, interrupt, RunLock::acquire)
+    }
+
+    /// The same beside other processes that do so: for workers that build units of tasks.
+    ///
+    /// # Errors
+    /// As [`Run::open`].
+    pub fn open_shared(
+        loaded: &Loaded,
+        directory: PathBuf,
+        interrupt: &Arc<AtomicBool>,
+    ) -> Result<Self, Error> {
+        Self::open_with(loaded, directory, interrupt, RunLock::share)
+    }
+
+    fn open_with(
+        loaded: &Loaded,
+        directory: PathBuf,
+        interrupt: &Arc<AtomicBool>,
+        lock: fn(&Path) -> Result<RunLock, CheckpointError>,
+    ) -> Result<Self, Error> {
         let pipeline = loaded.pipeline.clone();
         let paths = Paths(directory);
         let text = resolved_text(&pipeline)?;
         claim(&paths, &text)?;
-        let lock = RunLock::acquire(&paths.0)?;
+        let lock = lock(&paths.0)?;
         if !paths.pipeline().exists() {
             atomic_write(&paths.pipeline(), text.as_bytes())?;
         }

@@ -159,11 +159,8 @@ fn next_attempt(directory: &Path) -> Result<(File, PathBuf), ReportError> {
 /// Replaces the link `latest` in one move, so that readers always find one.
 fn point_latest_to(name: &str, directory: &Path) -> Result<(), ReportError> {
     let latest = directory.join("latest");
-    let unfinished = temporary(&latest);
-    match std::fs::remove_file(&unfinished) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(at(&unfinished)(error)),
-        _ => {}
-    }
+    // Several workers may begin at a time; no two have the same attempt.
+    let unfinished = directory.join(format!(".latest-{name}"));
     std::os::unix::fs::symlink(name, &unfinished).map_err(at(&unfinished))?;
     std::fs::rename(&unfinished, &latest).map_err(at(&latest))
 }

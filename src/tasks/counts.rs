@@ -1,6 +1,7 @@
 //! What became of a corpus: every token and mark is a position or has a reason why not.
 
 use serde::{Deserialize, Serialize};
+use std::ops::AddAssign;
 
 /// Result of building tasks.
 ///
@@ -37,6 +38,38 @@ impl TaskCounts {
             entropy: EntropyHistogram::new(top_k),
             dropped: Dropped::default(),
         }
+    }
+}
+
+impl AddAssign<&Self> for TaskCounts {
+    fn add_assign(&mut self, part: &Self) {
+        self.documents += part.documents;
+        self.pieces += part.pieces;
+        self.tokens += part.tokens;
+        self.positions += part.positions;
+        self.marked_positions += part.marked_positions;
+        self.respelled_documents += part.respelled_documents;
+        for (count, part) in self.entropy.bins.iter_mut().zip(&part.entropy.bins) {
+            *count += part;
+        }
+        self.dropped += &part.dropped;
+    }
+}
+
+impl AddAssign<&Self> for Dropped {
+    fn add_assign(&mut self, part: &Self) {
+        self.empty_documents += part.empty_documents;
+        self.pieces_too_short += part.pieces_too_short;
+        self.pieces_without_position += part.pieces_without_position;
+        self.tokens_before_min_context += part.tokens_before_min_context;
+        self.tokens_below_min_entropy += part.tokens_below_min_entropy;
+        self.tokens_above_max_entropy += part.tokens_above_max_entropy;
+        self.tokens_not_drawn += part.tokens_not_drawn;
+        self.tokens_over_document_limit += part.tokens_over_document_limit;
+        self.tokens_not_finite += part.tokens_not_finite;
+        self.marks_off_boundary += part.marks_off_boundary;
+        self.marks_repeated += part.marks_repeated;
+        self.marks_not_selected += part.marks_not_selected;
     }
 }
 

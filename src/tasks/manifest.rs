@@ -1,15 +1,19 @@
 //! `tasks.json`: what a directory of task shards holds, written last.
 
 use super::{TaskCounts, TasksError};
+use crate::corpus::{CorpusCounts, SourceRange};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Version of the shards' schema and of the manifest.
-pub const SCHEMA_VERSION: u32 = 2;
+pub const SCHEMA_VERSION: u32 = 3;
 
 const FILE_NAME: &str = "tasks.json";
+/// What the names of files and directories end with that are not whole.
+pub(super) const PARTIAL: &str = ".partial";
 
 /// What tasks were built with: shards of another tokenizer or template are refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,7 +48,11 @@ pub struct Manifest {
     pub fingerprints: Fingerprints,
     /// The shards, in order.
     pub shards: Vec<ShardEntry>,
-    /// What became of the corpus.
+    /// Parts of the corpus that the tasks of a unit were cut from; empty in the manifest of all units.
+    pub sources: Vec<SourceRange>,
+    /// What was read, and what was not.
+    pub corpus: CorpusCounts,
+    /// What became of it.
     pub counts: TaskCounts,
 }
 
@@ -73,6 +81,26 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// Refuses tasks that were built with another tokenizer or template.
+    pub(super) fn check_fingerprints(
+        &self,
+        directory: &Path,
+        expected: &Fingerprints,
+    ) -> Result<(), TasksError> {
+        let found = &self.fingerprints;
+        let pairs = [
+            ("tokenizer", &found.tokenizer, &expected.tokenizer),
+            ("prompt template", &found.template, &expected.template),
+        ];
+        for (what, found, expected) in pairs {
+            if found != expected {
+                let (found, expected) = (abbreviated(found), abbreviated(expected));
+                return Err(TasksError::Mismatch { path: directory.to_owned(), what, found, expected });
+            }
+        }
+        Ok(())
+    }
+
     /// Number of task documents.
     pub fn documents(&self) -> u64 {
         self.shards.iter().map(|shard| shard.documents).fold(0, u64::saturating_add)
@@ -88,10 +116,11 @@ impl Manifest {
         if self.positions() != self.counts.positions {
             return Err(format!("shards hold {} positions of {}", self.positions(), self.counts.positions));
         }
-        for (shard, number) in self.shards.iter().zip(0..) {
-            if shard.file != shard_name(number) {
-                return Err(format!("shard {number} is named `{}`", shard.file));
-            }
+        let numbers: Option<Vec<_>> = self.shards.iter().map(|shard| numbers_of(&shard.file)).collect();
+        if !numbers.is_some_and(|numbers| numbers.is_sorted_by(|a, b| a < b)) {
+            return Err("its shards have other names than a writer gives".into());
+        }
+        for shard in &self.shards {
             if shard.documents == 0 || shard.positions < shard.documents {
                 return Err(format!("`{}` has documents without positions", shard.file));
             }
@@ -110,8 +139,20 @@ impl Manifest {
             file.sync_all()
         });
         written.map_err(TasksError::io(&partial))?;
-        publish(&partial, &path)
+        match std::fs::rename(&partial, &path) {
+            // Another worker has completed the same tasks, and cleared away what this one was writing.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && path.exists() => Ok(()),
+            renamed => {
+                renamed.map_err(TasksError::io(&path))?;
+                sync_directory(directory)
+            }
+        }
     }
+}
+
+/// The first digits of a fingerprint, enough to tell two apart.
+fn abbreviated(fingerprint: &str) -> String {
+    fingerprint.chars().take(12).collect()
 }
 
 /// Name of the shard with a number.
@@ -119,42 +160,31 @@ pub(super) fn shard_name(number: usize) -> String {
     format!("tasks-{number:05}.arrow")
 }
 
-/// Where a file stands until it is complete.
-pub(super) fn partial_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".partial");
-    name.into()
+/// Name of the directory of a unit.
+pub(super) fn unit_name(number: usize) -> String {
+    format!("unit-{number:05}")
 }
 
-/// Gives a complete, synced file its name, durably.
-pub(super) fn publish(partial: &Path, path: &Path) -> Result<(), TasksError> {
-    std::fs::rename(partial, path).map_err(TasksError::io(path))?;
-    let directory = path.parent().unwrap_or(Path::new("."));
+/// Numbers of unit and shard in a shard's name; a task directory of its own has no units.
+fn numbers_of(file: &str) -> Option<(Option<u64>, u64)> {
+    let (unit, shard) = match file.split_once('/') {
+        Some((unit, shard)) => (Some(digits(unit.strip_prefix("unit-")?)?), shard),
+        None => (None, file),
+    };
+    Some((unit, digits(shard.strip_prefix("tasks-")?.strip_suffix(".arrow")?)?))
+}
+
+fn digits(text: &str) -> Option<u64> {
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
+}
+
+/// Where a file stands until it is complete. Two workers may write the same manifest at a time.
+fn partial_path(path: &Path) -> PathBuf {
+    let tag = RandomState::new().hash_one(std::process::id());
+    path.with_file_name(format!(".{FILE_NAME}-{tag:016x}{PARTIAL}"))
+}
+
+/// Makes the names in a directory durable.
+pub(super) fn sync_directory(directory: &Path) -> Result<(), TasksError> {
     File::open(directory).and_then(|directory| directory.sync_all()).map_err(TasksError::io(directory))
-}
-
-/// Removes what an earlier build left: its manifest first, so that no half of it looks whole.
-pub(super) fn clear(directory: &Path) -> Result<(), TasksError> {
-    std::fs::create_dir_all(directory).map_err(TasksError::io(directory))?;
-    let manifest = directory.join(FILE_NAME);
-    match std::fs::remove_file(&manifest) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(TasksError::io(&manifest)(error));
-        }
-        _ => {}
-    }
-    for entry in std::fs::read_dir(directory).map_err(TasksError::io(directory))? {
-        let entry = entry.map_err(TasksError::io(directory))?;
-        if entry.file_name().to_str().is_some_and(is_shard_or_partial) {
-            std::fs::remove_file(entry.path()).map_err(TasksError::io(&entry.path()))?;
-        }
-    }
-    Ok(())
-}
-
-fn is_shard_or_partial(name: &str) -> bool {
-    let complete = name.strip_suffix(".partial").unwrap_or(name);
-    let number = complete.strip_prefix("tasks-").and_then(|rest| rest.strip_suffix(".arrow"));
-    number.is_some_and(|number| number.bytes().all(|digit| digit.is_ascii_digit()))
-        || name == "tasks.json.partial"
 }

@@ -9,6 +9,7 @@
 mod build;
 mod codec;
 mod counts;
+mod cut;
 mod draw;
 mod manifest;
 mod select;
@@ -16,16 +17,19 @@ mod shard;
 mod stream;
 mod template;
 mod truth;
+mod units;
 mod writer;
 
-pub use build::{LOOK_AHEAD_TOKENS, TaskBuilder};
+pub use build::TaskBuilder;
 pub use counts::{Dropped, EntropyHistogram, TaskCounts};
+pub use cut::LOOK_AHEAD_TOKENS;
 pub use manifest::{Fingerprints, Manifest, SCHEMA_VERSION, ShardEntry};
 pub use select::{PositionScore, Proxy, score_row, top_k_entropy};
 pub use shard::TaskShards;
 pub use stream::{TaskCursor, TaskStream};
 pub use template::{ChatFormat, PromptTemplate};
 pub use truth::{TRUTH_TOKENS, Truth};
+pub use units::{OpenUnit, TaskUnits};
 pub use writer::ShardWriter;
 
 use std::path::{Path, PathBuf};

@@ -17,7 +17,7 @@ pub struct PositionScore {
 }
 
 /// A model that scores positions of text.
-pub trait Proxy {
+pub trait Proxy: Sync {
     /// Scores every token of every piece. A piece is a sequence of token ids with its header;
     /// `scores[i][j]` is the score of token j of piece i given the tokens before it. Nothing comes
     /// before token 0: its score is [`PositionScore::default`].
@@ -92,6 +92,8 @@ pub(super) struct Scored<'a> {
 pub(super) struct Rule<'a> {
     pub(super) settings: &'a TasksConfig,
     pub(super) seed: u64,
+    /// Scores come from a proxy.
+    pub(super) is_scored: bool,
     /// Marked positions are kept whatever their score.
     pub(super) keep_marked: bool,
 }
@@ -115,7 +117,9 @@ impl Rule<'_> {
                 Some(reason) => *reason += 1,
             }
         }
-        candidates.sort_by_key(|&index| draw::bits(&[self.seed, DOCUMENT_LIMIT, document, u64::from(index)]));
+        candidates.sort_by_cached_key(|&index| {
+            draw::bits(&[self.seed, DOCUMENT_LIMIT, document, u64::from(index)])
+        });
         let over_limit = candidates.len().saturating_sub(self.settings.positions_per_document);
         counts.dropped.tokens_over_document_limit += over_limit as u64;
         candidates.truncate(self.settings.positions_per_document);
@@ -139,7 +143,9 @@ impl Rule<'_> {
         if !score.entropy.is_finite() || !score.truth_probability.is_finite() {
             return Some(&mut dropped.tokens_not_finite);
         }
-        counts.entropy.add(score.entropy);
+        if self.is_scored {
+            counts.entropy.add(score.entropy);
+        }
         match settings.selection {
             Selection::Entropy if score.entropy <= settings.min_entropy => {
                 Some(&mut dropped.tokens_below_min_entropy)
@@ -229,7 +235,7 @@ mod tests {
     ) -> (Vec<u32>, TaskCounts) {
         let marks = BTreeMap::from([(1, "one".to_owned()), (3, "three".to_owned())]);
         let mut counts = TaskCounts::new(16);
-        let rule = Rule { settings, seed, keep_marked };
+        let rule = Rule { settings, seed, is_scored: true, keep_marked };
         let positions = rule.choose(&Scored { id: "document", scores, marks: &marks }, &mut counts);
         (positions.iter().map(|position| position.index).collect(), counts)
     }

@@ -36,7 +36,7 @@ impl TaskShards {
     /// tokenizer or template.
     pub fn open(directory: &Path, expected: &Fingerprints) -> Result<Self, TasksError> {
         let manifest = Manifest::load(directory)?;
-        check_fingerprints(directory, &manifest.fingerprints, expected)?;
+        manifest.check_fingerprints(directory, expected)?;
         let schema = Arc::new(codec::schema(expected));
         let (mut shards, mut starts) = (Vec::new(), vec![0]);
         for entry in &manifest.shards {
@@ -96,29 +96,6 @@ impl TaskShards {
         let shard = self.starts.partition_point(|&start| start <= row) - 1;
         self.shards[shard].document((row - self.starts[shard]) as usize)
     }
-}
-
-fn check_fingerprints(
-    directory: &Path,
-    found: &Fingerprints,
-    expected: &Fingerprints,
-) -> Result<(), TasksError> {
-    let pairs = [
-        ("tokenizer", &found.tokenizer, &expected.tokenizer),
-        ("prompt template", &found.template, &expected.template),
-    ];
-    for (what, found, expected) in pairs {
-        if found != expected {
-            let (found, expected) = (abbreviated(found), abbreviated(expected));
-            return Err(TasksError::Mismatch { path: directory.to_owned(), what, found, expected });
-        }
-    }
-    Ok(())
-}
-
-/// The first digits of a fingerprint, enough to tell two apart.
-fn abbreviated(fingerprint: &str) -> String {
-    fingerprint.chars().take(12).collect()
 }
 
 /// One mapped Arrow file.

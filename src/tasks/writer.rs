@@ -2,6 +2,7 @@
 
 use super::manifest::{self, Fingerprints, Manifest, SCHEMA_VERSION, ShardEntry};
 use super::{TaskCounts, TaskDocument, TasksError, codec};
+use crate::corpus::{CorpusCounts, SourceRange};
 use arrow::datatypes::Schema;
 use arrow::error::ArrowError;
 use arrow::ipc::writer::FileWriter;
@@ -14,15 +15,14 @@ use std::sync::Arc;
 pub(super) const ROWS_PER_BATCH: usize = 64;
 
 /// Writes task documents as shards `tasks-00000.arrow`, `tasks-00001.arrow`, ... and, at the end,
-/// the manifest that makes them exist.
+/// the manifest that makes them exist, into a directory of their own.
 ///
-/// Every shard is written under another name, synced and renamed. At most 64 documents are held
-/// in memory.
+/// Files are synced when they are complete. At most 64 documents are held in memory.
 pub struct ShardWriter {
     directory: PathBuf,
     fingerprints: Fingerprints,
     schema: Arc<Schema>,
-    documents_per_shard: u64,
+    shard_bytes: u64,
     pending: Vec<TaskDocument>,
     open: Option<OpenShard>,
     finished: Vec<ShardEntry>,
@@ -31,32 +31,23 @@ pub struct ShardWriter {
 /// A shard in the making.
 struct OpenShard {
     path: PathBuf,
-    partial: PathBuf,
     writer: FileWriter<Hashing<BufWriter<File>>>,
     documents: u64,
     positions: u64,
 }
 
 impl ShardWriter {
-    /// Starts in a directory, which is created if need be. Shards of an earlier build are removed.
-    ///
-    /// # Errors
-    /// Fails when the directory cannot be made or cleared.
-    pub fn create(
-        directory: &Path,
-        fingerprints: Fingerprints,
-        documents_per_shard: usize,
-    ) -> Result<Self, TasksError> {
-        manifest::clear(directory)?;
-        Ok(Self {
+    /// Starts in an empty directory. A shard is closed when it has `shard_bytes`.
+    pub fn new(directory: &Path, fingerprints: Fingerprints, shard_bytes: u64) -> Self {
+        Self {
             directory: directory.to_owned(),
             schema: Arc::new(codec::schema(&fingerprints)),
             fingerprints,
-            documents_per_shard: documents_per_shard.max(1) as u64,
+            shard_bytes,
             pending: Vec::new(),
             open: None,
             finished: Vec::new(),
-        })
+        }
     }
 
     /// Adds a document, which must have a position.
@@ -65,11 +56,12 @@ impl ShardWriter {
     /// Fails when a shard cannot be written.
     pub fn push(&mut self, document: TaskDocument) -> Result<(), TasksError> {
         self.pending.push(document);
-        let written = self.open.as_ref().map_or(0, |shard| shard.documents);
-        let is_full = written + self.pending.len() as u64 == self.documents_per_shard;
-        if is_full || self.pending.len() == ROWS_PER_BATCH {
-            self.write_batch()?;
+        if self.pending.len() < ROWS_PER_BATCH {
+            return Ok(());
         }
+        self.write_batch()?;
+        let is_full =
+            self.open.as_ref().is_some_and(|shard| shard.writer.get_ref().bytes >= self.shard_bytes);
         if is_full { self.close_shard() } else { Ok(()) }
     }
 
@@ -77,11 +69,17 @@ impl ShardWriter {
     ///
     /// # Errors
     /// Fails when a file cannot be written.
-    pub fn finish(mut self, counts: TaskCounts) -> Result<Manifest, TasksError> {
+    pub fn finish(
+        mut self,
+        sources: Vec<SourceRange>,
+        corpus: CorpusCounts,
+        counts: TaskCounts,
+    ) -> Result<Manifest, TasksError> {
         self.write_batch()?;
         self.close_shard()?;
         let Self { directory, fingerprints, finished: shards, .. } = self;
-        let manifest = Manifest { schema_version: SCHEMA_VERSION, fingerprints, shards, counts };
+        let manifest =
+            Manifest { schema_version: SCHEMA_VERSION, fingerprints, shards, sources, corpus, counts };
         manifest.write(&directory)?;
         Ok(manifest)
     }
@@ -97,7 +95,7 @@ impl ShardWriter {
         shard.documents += self.pending.len() as u64;
         shard.positions += self.pending.iter().map(|document| document.positions.len() as u64).sum::<u64>();
         let written = codec::encode(&self.schema, &self.pending).and_then(|batch| shard.writer.write(&batch));
-        written.map_err(write_error(&shard.partial))?;
+        written.map_err(write_error(&shard.path))?;
         self.pending.clear();
         self.open = Some(shard);
         Ok(())
@@ -105,23 +103,21 @@ impl ShardWriter {
 
     fn open_shard(&self) -> Result<OpenShard, TasksError> {
         let path = self.directory.join(manifest::shard_name(self.finished.len()));
-        let partial = manifest::partial_path(&path);
-        let file = File::create(&partial).map_err(TasksError::io(&partial))?;
+        let file = File::create(&path).map_err(TasksError::io(&path))?;
         let writer = FileWriter::try_new(Hashing::new(BufWriter::new(file)), &self.schema);
-        let writer = writer.map_err(write_error(&partial))?;
-        Ok(OpenShard { path, partial, writer, documents: 0, positions: 0 })
+        let writer = writer.map_err(write_error(&path))?;
+        Ok(OpenShard { path, writer, documents: 0, positions: 0 })
     }
 
     fn close_shard(&mut self) -> Result<(), TasksError> {
         let Some(mut shard) = self.open.take() else { return Ok(()) };
         shard.writer.write_metadata("rpt.rows", shard.documents.to_string());
-        shard.writer.finish().map_err(write_error(&shard.partial))?;
-        let output = shard.writer.into_inner().map_err(write_error(&shard.partial))?;
+        shard.writer.finish().map_err(write_error(&shard.path))?;
+        let output = shard.writer.into_inner().map_err(write_error(&shard.path))?;
         let (checksum, bytes) = (output.hasher.finalize().to_hex().to_string(), output.bytes);
         let file =
-            output.inner.into_inner().map_err(|error| TasksError::io(&shard.partial)(error.into_error()))?;
-        file.sync_all().map_err(TasksError::io(&shard.partial))?;
-        manifest::publish(&shard.partial, &shard.path)?;
+            output.inner.into_inner().map_err(|error| TasksError::io(&shard.path)(error.into_error()))?;
+        file.sync_all().map_err(TasksError::io(&shard.path))?;
         let file = manifest::shard_name(self.finished.len());
         let (documents, positions) = (shard.documents, shard.positions);
         self.finished.push(ShardEntry { file, bytes, checksum, documents, positions });

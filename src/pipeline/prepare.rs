@@ -1,0 +1,220 @@
+//! The data stage: units of a corpus to task shards, by one worker or by many.
+
+use super::directory::finished_base;
+use super::error::PipelineError;
+use super::run::Run;
+use crate::config::{CorpusConfig, Loaded, TasksConfig};
+use crate::corpus::{Corpus, Unit, generated_recipe};
+use crate::error::Error;
+use crate::eval::ModelProxy;
+use crate::model::Decoder;
+use crate::tasks::{Manifest, Proxy, TaskBuilder, TaskShards, TaskUnits, TasksError};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// One worker's part of the units: those whose number leaves the remainder `index`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Which worker, from 0.
+    pub index: usize,
+    /// How many there are.
+    pub count: usize,
+}
+
+impl Share {
+    /// All units.
+    pub const WHOLE: Self = Self { index: 0, count: 1 };
+}
+
+/// What a worker left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ShareOutcome {
+    /// Its units are built; others still miss.
+    Partial(PathBuf),
+    /// All units of all workers are there, and the tasks are complete.
+    Complete(PathBuf),
+}
+
+/// Builds one worker's part of the training tasks. Workers need a shared directory and nothing else: they
+/// may start at any time, in any order, twice at once, and again after they were killed.
+///
+/// # Errors
+/// When something is wrong that a user must mend, or a signal asked for a stop.
+pub fn prepare_share(
+    loaded: &Loaded,
+    directory: PathBuf,
+    share: Share,
+    interrupt: &Arc<AtomicBool>,
+) -> Result<ShareOutcome, Error> {
+    check_shareable(loaded)?;
+    let run = Run::open_shared(loaded, directory.clone(), interrupt)?;
+    let base = if scores_with_base(&run) { Some(finished_base(&run)?) } else { None };
+    Ok(match build_units(&run, &Split::train(&run), base.as_ref(), share)? {
+        Some(_) => ShareOutcome::Complete(directory),
+        None => ShareOutcome::Partial(directory),
+    })
+}
+
+/// What workers would each make for themselves must be there before they start.
+fn check_shareable(loaded: &Loaded) -> Result<(), Error> {
+    let refuse = |message: &str, hint: &str| {
+        Err(PipelineError::Missing { message: message.into(), hint: hint.into() }.into())
+    };
+    if generated_recipe(&loaded.pipeline.corpus.source).is_some() {
+        return refuse("a generated corpus is prepared by one worker", "leave out --shard");
+    }
+    if loaded.pipeline.tokenizer.train.is_some() {
+        return refuse(
+            "a tokenizer that is trained on the corpus is made by one worker",
+            "train it with a run of its own, and name its tokenizer.json as tokenizer.path",
+        );
+    }
+    Ok(())
+}
+
+/// Whether the model that the run starts from scores the training tasks.
+pub(super) fn scores_with_base(run: &Run) -> bool {
+    run.pipeline.tasks.score && run.pipeline.tasks.proxy.is_none()
+}
+
+/// A corpus with the settings that its tasks are cut by.
+struct Split {
+    name: &'static str,
+    source: CorpusConfig,
+    settings: TasksConfig,
+    is_held_out: bool,
+}
+
+impl Split {
+    fn train(run: &Run) -> Self {
+        let (source, settings) = (run.sources.tasks.clone(), run.pipeline.tasks.clone());
+        Self { name: "train", source, settings, is_held_out: false }
+    }
+
+    /// Every position of the held-out text is kept and scored; nothing without held-out text.
+    fn eval(run: &Run) -> Option<Self> {
+        let max_documents = run.pipeline.eval.as_ref().and_then(|eval| eval.max_documents);
+        let settings = TasksConfig {
+            positions_per_document: usize::MAX,
+            max_documents,
+            score: true,
+            ..run.pipeline.tasks.clone()
+        };
+        Some(Self { name: "eval", source: run.sources.held_out.clone()?, settings, is_held_out: true })
+    }
+}
+
+/// Whether the tasks of a split are built. They must be intact then, since the run goes on with them.
+///
+/// # Errors
+/// When they are damaged, or built with another tokenizer or template.
+pub(super) fn has_tasks(run: &Run, split: &str) -> Result<bool, Error> {
+    let directory = run.paths.tasks(split);
+    if let Err(TasksError::Unfinished { .. }) = Manifest::load(&directory) {
+        return Ok(false);
+    }
+    TaskShards::open(&directory, &run.vocabulary.fingerprints())?.verify()?;
+    Ok(true)
+}
+
+/// Cuts and scores the tasks of a split, unless its shards are there.
+///
+/// # Errors
+/// When the corpus cannot be read, the proxy cannot be run or a file cannot be written.
+pub(super) fn build_tasks(run: &Run, split: &str, base: Option<&Decoder>) -> Result<(), Error> {
+    if has_tasks(run, split)? {
+        return Ok(());
+    }
+    let split = if split == "eval" { Split::eval(run) } else { Some(Split::train(run)) };
+    let Some(split) = split else { return Ok(()) };
+    build_units(run, &split, base, Share::WHOLE).map(drop)
+}
+
+/// Builds the units of a share that are missing, and puts all together once none is.
+fn build_units(
+    run: &Run,
+    split: &Split,
+    base: Option<&Decoder>,
+    share: Share,
+) -> Result<Option<Manifest>, Error> {
+    let corpus = Corpus::open(&split.source)?;
+    // A limit on documents counts from the start of the corpus.
+    let unit_bytes =
+        if split.settings.max_documents.is_some() { u64::MAX } else { split.settings.unit_bytes };
+    let units = corpus.units(unit_bytes);
+    let directory = run.paths.tasks(split.name);
+    let fingerprints = run.vocabulary.fingerprints();
+    let tasks = TaskUnits::open(&directory, fingerprints, split.settings.shard_bytes, units.len())?;
+    let missing = |unit: &&Unit| unit.number % share.count == share.index && !tasks.is_committed(unit.number);
+    let mut missing = units.iter().filter(missing).peekable();
+    if missing.peek().is_some() {
+        let proxy = run.local.tasks.proxy.as_deref().map(Decoder::load).transpose()?;
+        if let Some(proxy) = &proxy {
+            run.vocabulary.tokenizer.check_vocabulary(proxy.config().vocab_size)?;
+        }
+        let proxy = proxy.as_ref().or(base).filter(|_| split.settings.score).map(ModelProxy);
+        let builder = TaskBuilder {
+            settings: &split.settings,
+            seed: run.pipeline.seed,
+            tokenizer: &run.vocabulary.tokenizer,
+            proxy: proxy.as_ref().map(|proxy| proxy as &dyn Proxy),
+            proxy_header: run.vocabulary.special.bos.into_iter().collect(),
+            keep_marked: split.is_held_out,
+        };
+        missing.try_for_each(|unit| build_unit(run, split, &builder, &corpus, unit, &tasks))?;
+    }
+    let manifest = tasks.gather()?;
+    if let Some(manifest) = &manifest {
+        manifest.corpus.check_quarantined(split.source.max_quarantined)?;
+        tasks.complete(manifest)?;
+    }
+    run.log.say(format!("tasks/{}: {}", split.name, state(manifest.as_ref(), &units, &tasks)));
+    Ok(manifest)
+}
+
+fn build_unit(
+    run: &Run,
+    split: &Split,
+    builder: &TaskBuilder<'_>,
+    corpus: &Corpus,
+    unit: &Unit,
+    tasks: &TaskUnits,
+) -> Result<(), Error> {
+    let built = || -> Result<(), Error> {
+        let mut open = tasks.start(unit.number)?;
+        let mut documents = corpus.documents_of(unit);
+        let counts = builder.build(
+            documents.by_ref().map(|document| {
+                run.check_interrupt(|| format!("before tasks/{} were complete", split.name))?;
+                document.map_err(Error::from)
+            }),
+            &mut open.writer,
+        )?;
+        let read = documents.counts().clone();
+        for place in &read.quarantined {
+            run.log.warn(format!("quarantined {place}"));
+        }
+        Ok(tasks.commit(open, corpus.sources_of(unit), read, counts)?)
+    };
+    match built() {
+        // Another worker was first and has cleared away what this one was writing.
+        Err(Error::Tasks(_)) if tasks.is_committed(unit.number) => Ok(()),
+        built => built,
+    }
+}
+
+/// What there is, in words.
+fn state(manifest: Option<&Manifest>, units: &[Unit], tasks: &TaskUnits) -> String {
+    let Some(manifest) = manifest else {
+        let there = units.iter().filter(|unit| tasks.is_committed(unit.number)).count();
+        return format!("{there} of {} units are there", units.len());
+    };
+    format!(
+        "{} positions in {} documents of {} units ({} quarantined places)",
+        manifest.positions(),
+        manifest.documents(),
+        units.len(),
+        manifest.corpus.quarantined_total
+    )
+}
