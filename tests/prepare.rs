@@ -13,7 +13,7 @@ use parquet::file::properties::WriterProperties;
 use rpt::config::TokenizerConfig;
 use rpt::random::Stream;
 use rpt::tokenize::{SpecialTokens, train_byte_level_bpe};
-use run::{files, json, succeeded};
+use run::{files, json, snapshot, succeeded};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -169,6 +169,35 @@ fn two_workers_at_once_on_the_same_units_leave_one_of_each() {
         }
         assert!(place.tasks(&name) == place.tasks("whole"));
     }
+}
+
+#[test]
+fn other_bounds_need_no_second_model_pass_where_scores_are_kept() {
+    let (place, _) = place();
+    let scores = format!("tasks.scores='{}'", place.path("scores").display());
+    let of = |bounds: &'static str, kept: bool| {
+        let settings = [
+            "tasks.score=true",
+            "tasks.selection=entropy",
+            "tasks.top_share=0.9",
+            "tasks.max_documents=200",
+            "model.scratch.embedding_std=0.3",
+            bounds,
+        ];
+        let kept = kept.then_some(scores.as_str());
+        settings.into_iter().chain(kept).flat_map(|setting| ["--set", setting]).map(String::from).collect()
+    };
+    let run = |name: &str, settings: Vec<String>| {
+        let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+        place.prepare(name, &settings);
+        place.tasks(name)
+    };
+    let first = run("scored", of("tasks.min_entropy=0.1", true));
+    let written = snapshot(&place.path("scores"));
+    assert_eq!(written.keys().filter(|path| path.extension().is_some_and(|e| e == "arrow")).count(), 1);
+    let again = run("scored-again", of("tasks.min_entropy=1.5", true));
+    assert!(snapshot(&place.path("scores")) == written);
+    assert!(again == run("scored-afresh", of("tasks.min_entropy=1.5", false)) && again != first);
 }
 
 #[test]

@@ -7,8 +7,9 @@ use rpt::config::{RewardConfig, Selection, TasksConfig, TemplateName, TokenizerC
 use rpt::corpus::{CorpusCounts, Document, Mark};
 use rpt::reward::{self, Outcome, Verifier};
 use rpt::tasks::{
-    ChatFormat, Fingerprints, Manifest, Position, PositionScore, PromptTemplate, Proxy, ShardWriter, Task,
-    TaskBuilder, TaskCounts, TaskCursor, TaskDocument, TaskShards, TaskStream, TaskUnits, TasksError, Truth,
+    ChatFormat, ComparedProxies, Fingerprints, KeptScores, Manifest, Position, PositionScore, PromptTemplate,
+    Proxy, ShardWriter, Task, TaskBuilder, TaskCounts, TaskCursor, TaskDocument, TaskShards, TaskStream,
+    TaskUnits, TasksError, Truth,
 };
 use rpt::tokenize::{SpecialTokens, Tokenizer, train_byte_level_bpe};
 use std::collections::BTreeMap;
@@ -40,6 +41,7 @@ impl Proxy for Ramp {
             entropy: index as f32 * self.step,
             truth_probability: 0.25,
             proxy_top: index as u32,
+            larger_truth_probability: None,
         };
         Ok(pieces.iter().map(|piece| (0..piece.len()).map(score).collect()).collect())
     }
@@ -288,6 +290,43 @@ fn errors_of_the_corpus_pass_through() {
     let mut writer = ShardWriter::new(directory.path(), fingerprints(), 1);
     assert!(builder.build(failing, &mut writer).is_err());
     assert!(Manifest::load(directory.path()).is_err());
+}
+
+#[test]
+fn kept_scores_stand_for_the_model_that_left_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("unit-00000.arrow");
+    let proxy = Ramp { step: 0.1, ..Ramp::default() };
+    let calls = [vec![vec![1, 2, 3], vec![4]], vec![vec![5, 6]]];
+    let written = KeptScores::open(&proxy, path.clone()).unwrap();
+    let fresh: Vec<_> = calls.iter().map(|pieces| written.score(pieces, 16).unwrap()).collect();
+    assert!(!path.exists());
+    written.finish().unwrap();
+    assert_eq!(proxy.asked.lock().unwrap().len(), 3);
+    // Calls need not be the same, only the order of the pieces.
+    let read = KeptScores::open(&proxy, path.clone()).unwrap();
+    let again = read.score(&calls.concat(), 16).unwrap();
+    assert_eq!(again, fresh.concat());
+    assert!(read.score(&[vec![7]], 16).unwrap_err().to_string().contains("fewer"));
+    read.finish().unwrap();
+    let other = KeptScores::open(&proxy, path.clone()).unwrap();
+    assert!(other.score(&[vec![1, 2, 4]], 16).unwrap_err().to_string().contains("other tokens"));
+    assert_eq!(proxy.asked.lock().unwrap().len(), 3);
+    let bytes = std::fs::read(&path).unwrap();
+    for cut in [0, 10, bytes.len() / 2, bytes.len() - 1] {
+        std::fs::write(&path, &bytes[..cut]).unwrap();
+        let opened = KeptScores::open(&proxy, path.clone()).map_err(Error::from);
+        assert!(opened.and_then(|scores| scores.score(&calls.concat(), 16)).is_err(), "{cut}");
+    }
+}
+
+#[test]
+fn a_larger_model_adds_its_probability_of_the_truth() {
+    let (proxy, larger) = (Ramp { step: 0.1, ..Ramp::default() }, Ramp { step: 9.0, ..Ramp::default() });
+    let both = ComparedProxies { proxy: &proxy, larger: &larger };
+    let scores = both.score(&[vec![1, 2, 3]], 16).unwrap();
+    assert_eq!(scores[0][2].larger_truth_probability, Some(0.25));
+    assert_eq!((scores[0][2].entropy, scores[0][2].loss_gap()), (0.2, 0.0));
 }
 
 #[test]

@@ -295,6 +295,11 @@ pub enum Selection {
     Random,
     /// Every position.
     All,
+    /// Equally many positions of each band of entropy, labelled by the band: easy, medium and hard ones for a
+    /// curriculum.
+    Tiers,
+    /// Positions that `larger_proxy` finds more probable than the proxy does: learnable, but not learnt.
+    LossGap,
 }
 
 /// Prompt templates: v0-v6 after Table 10 of the RPT paper in our own words, or `plain`.
@@ -338,6 +343,17 @@ pub struct TasksConfig {
     pub min_entropy: f32,
     /// Upper bound on the entropy, in nats: above it words are unpredictable for any thinker.
     pub max_entropy: f32,
+    /// Share of the positions inside the bounds that `entropy` keeps: those of each document with the highest
+    /// entropy.
+    pub top_share: f32,
+    /// Entropies, in nats and ascending, that part the bands of `tiers`.
+    pub tiers: Vec<f32>,
+    /// Larger model of the same tokenizer for `loss_gap`.
+    pub larger_proxy: Option<PathBuf>,
+    /// By how many nats the larger model must find the truth more probable for `loss_gap`.
+    pub min_loss_gap: f32,
+    /// Directory that keeps all scores, so that other bounds or another selection need no second model pass.
+    pub scores: Option<PathBuf>,
     /// Tokens of the document that must come before a position.
     pub min_context: usize,
     /// At most so many positions of one document (the first in order of a seeded draw).
@@ -366,6 +382,11 @@ impl Default for TasksConfig {
             top_k: 16,
             min_entropy: 1.0,
             max_entropy: 2.5,
+            top_share: 1.0,
+            tiers: vec![1.5, 2.0],
+            larger_proxy: None,
+            min_loss_gap: 0.5,
+            scores: None,
             min_context: 16,
             positions_per_document: 8,
             max_document_tokens: 4096,

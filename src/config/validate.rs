@@ -34,6 +34,7 @@ impl Pipeline {
             ("model.path", text(&self.model.path), model),
             ("tokenizer.path", text(&self.tokenizer.path), model),
             ("tasks.proxy", text(&self.tasks.proxy), model),
+            ("tasks.larger_proxy", text(&self.tasks.larger_proxy), model),
             ("corpus.source", Some(self.corpus.source.clone()), dataset),
             ("tasks.source", self.tasks.source.clone(), dataset),
             ("cold_start.source", cold_start, dataset),
@@ -124,10 +125,28 @@ impl Pipeline {
             "leave it out for the default",
         )?;
         require(
-            tasks.score || tasks.selection != Selection::Entropy,
+            tasks.score || matches!(tasks.selection, Selection::Random | Selection::All),
             "tasks.score",
-            "is false, but the selection `entropy` chooses by scores",
+            "is false, but the selection chooses by scores",
             "set tasks.selection to \"random\" or \"all\", or tasks.score to true",
+        )?;
+        require(
+            tasks.top_share > 0.0 && tasks.top_share <= 1.0,
+            "tasks.top_share",
+            "must be above 0 and at most 1",
+            "0.2 keeps the fifth of each document's positions with the highest entropy",
+        )?;
+        require(
+            !tasks.tiers.is_empty() && tasks.tiers.is_sorted_by(|a, b| a < b),
+            "tasks.tiers",
+            "must be at least one entropy, ascending",
+            "[1.5, 2.0] parts easy, medium and hard positions",
+        )?;
+        require(
+            tasks.selection != Selection::LossGap || tasks.larger_proxy.is_some(),
+            "tasks.larger_proxy",
+            "is not set, but the selection `loss_gap` compares the proxy with it",
+            "name a larger model with the same tokenizer",
         )?;
         require(
             tasks.max_document_tokens > tasks.min_context,

@@ -129,6 +129,23 @@ impl Decoder {
         values
     }
 
+    /// BLAKE3 of the shape and of every weight, in hexadecimal.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.config.to_json(self.dtype(), &[], None).to_string().as_bytes());
+        let (mut row, mut bytes) = (Vec::new(), Vec::new());
+        for parameter in self.layout.parameters() {
+            row.resize(parameter.columns, 0.0);
+            for at in 0..parameter.rows {
+                self.weights.row(parameter, at, &mut row);
+                bytes.clear();
+                self.dtype().write(&row, &mut bytes);
+                hasher.update(&bytes);
+            }
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
     /// Replaces the parameters that are trained; weights are rounded to the decoder's number format.
     ///
     /// # Panics

@@ -17,6 +17,7 @@ mod prepare;
 mod reinforce;
 mod remote;
 mod run;
+mod scorers;
 mod stage;
 mod summary;
 mod supervised;

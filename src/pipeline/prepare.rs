@@ -3,12 +3,12 @@
 use super::directory::finished_base;
 use super::error::PipelineError;
 use super::run::Run;
-use crate::config::{CorpusConfig, Loaded, TasksConfig};
+use super::scorers::Scorers;
+use crate::config::{CorpusConfig, Loaded, Selection, TasksConfig};
 use crate::corpus::{Corpus, Unit, generated_recipe};
 use crate::error::Error;
-use crate::eval::ModelProxy;
 use crate::model::Decoder;
-use crate::tasks::{Manifest, Proxy, TaskBuilder, TaskShards, TaskUnits, TasksError};
+use crate::tasks::{Manifest, TaskBuilder, TaskShards, TaskUnits, TasksError};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -79,10 +79,10 @@ pub(super) fn scores_with_base(run: &Run) -> bool {
 }
 
 /// A corpus with the settings that its tasks are cut by.
-struct Split {
+pub(super) struct Split {
     name: &'static str,
-    source: CorpusConfig,
-    settings: TasksConfig,
+    pub(super) source: CorpusConfig,
+    pub(super) settings: TasksConfig,
     is_held_out: bool,
 }
 
@@ -95,13 +95,29 @@ impl Split {
     /// Every position of the held-out text is kept and scored; nothing without held-out text.
     fn eval(run: &Run) -> Option<Self> {
         let max_documents = run.pipeline.eval.as_ref().and_then(|eval| eval.max_documents);
+        let tasks = run.pipeline.tasks.clone();
+        // Bands of an evaluation are its own, and every position in them counts.
+        let selection = match tasks.selection {
+            Selection::Tiers | Selection::LossGap => Selection::Entropy,
+            other => other,
+        };
         let settings = TasksConfig {
             positions_per_document: usize::MAX,
             max_documents,
             score: true,
-            ..run.pipeline.tasks.clone()
+            selection,
+            top_share: 1.0,
+            scores: None,
+            ..tasks
         };
         Some(Self { name: "eval", source: run.sources.held_out.clone()?, settings, is_held_out: true })
+    }
+}
+
+impl Split {
+    /// Whether positions are chosen by comparing two models.
+    pub(super) fn compares(&self) -> bool {
+        self.settings.selection == Selection::LossGap
     }
 }
 
@@ -149,20 +165,8 @@ fn build_units(
     let missing = |unit: &&Unit| unit.number % share.count == share.index && !tasks.is_committed(unit.number);
     let mut missing = units.iter().filter(missing).peekable();
     if missing.peek().is_some() {
-        let proxy = run.local.tasks.proxy.as_deref().map(Decoder::load).transpose()?;
-        if let Some(proxy) = &proxy {
-            run.vocabulary.tokenizer.check_vocabulary(proxy.config().vocab_size)?;
-        }
-        let proxy = proxy.as_ref().or(base).filter(|_| split.settings.score).map(ModelProxy);
-        let builder = TaskBuilder {
-            settings: &split.settings,
-            seed: run.pipeline.seed,
-            tokenizer: &run.vocabulary.tokenizer,
-            proxy: proxy.as_ref().map(|proxy| proxy as &dyn Proxy),
-            proxy_header: run.vocabulary.special.bos.into_iter().collect(),
-            keep_marked: split.is_held_out,
-        };
-        missing.try_for_each(|unit| build_unit(run, split, &builder, &corpus, unit, &tasks))?;
+        let scorers = Scorers::load(run, split, base, &corpus)?;
+        missing.try_for_each(|unit| build_unit(run, split, &scorers, &corpus, unit, &tasks))?;
     }
     let manifest = tasks.gather()?;
     if let Some(manifest) = &manifest {
@@ -173,10 +177,15 @@ fn build_units(
     Ok(manifest)
 }
 
+/// What a proxy reads before a piece.
+pub(super) fn header(run: &Run) -> Vec<u32> {
+    run.vocabulary.special.bos.into_iter().collect()
+}
+
 fn build_unit(
     run: &Run,
     split: &Split,
-    builder: &TaskBuilder<'_>,
+    scorers: &Scorers<'_>,
     corpus: &Corpus,
     unit: &Unit,
     tasks: &TaskUnits,
@@ -184,13 +193,21 @@ fn build_unit(
     let built = || -> Result<(), Error> {
         let mut open = tasks.start(unit.number)?;
         let mut documents = corpus.documents_of(unit);
-        let counts = builder.build(
-            documents.by_ref().map(|document| {
+        let counts = scorers.with_proxy(unit.number, |proxy| {
+            let builder = TaskBuilder {
+                settings: &split.settings,
+                seed: run.pipeline.seed,
+                tokenizer: &run.vocabulary.tokenizer,
+                proxy,
+                proxy_header: header(run),
+                keep_marked: split.is_held_out,
+            };
+            let documents = documents.by_ref().map(|document| {
                 run.check_interrupt(|| format!("before tasks/{} were complete", split.name))?;
                 document.map_err(Error::from)
-            }),
-            &mut open.writer,
-        )?;
+            });
+            builder.build(documents, &mut open.writer)
+        })?;
         let read = documents.counts().clone();
         for place in &read.quarantined {
             run.log.warn(format!("quarantined {place}"));

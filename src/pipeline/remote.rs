@@ -71,6 +71,7 @@ pub(super) fn localize(
     localizer.tokenizer(&mut local.tokenizer.path)?;
     if scope == Scope::Everything {
         localizer.directory(&mut local.tasks.proxy, Selection::Model)?;
+        localizer.directory(&mut local.tasks.larger_proxy, Selection::Model)?;
         localizer.source(Some(&mut local.corpus.source))?;
         localizer.source(local.tasks.source.as_mut())?;
         localizer.source(local.cold_start.as_mut().and_then(|stage| stage.source.as_mut()))?;

@@ -224,7 +224,12 @@ fn digests(
         let digest = Corpus::open(&text)?.fingerprint()?;
         digests.insert(role, (digest, text.source));
     }
-    for (role, model) in [("model", &pipeline.model.path), ("proxy", &pipeline.tasks.proxy)] {
+    let models = [
+        ("model", &pipeline.model.path),
+        ("proxy", &pipeline.tasks.proxy),
+        ("larger_proxy", &pipeline.tasks.larger_proxy),
+    ];
+    for (role, model) in models {
         if let Some(model) = model {
             digests.insert(role, (crate::model::directory_digest(model)?, model.display().to_string()));
         }

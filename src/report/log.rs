@@ -1,7 +1,7 @@
 //! The one way to the terminal: lines on stderr and in the attempt's log file.
 
 use super::ReportError;
-use super::files::{at, temporary};
+use super::files::at;
 use indicatif::{MultiProgress, ProgressDrawTarget};
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, IsTerminal as _, Write};

@@ -168,7 +168,7 @@ impl TaskBuilder<'_> {
             keep_marked: self.keep_marked,
         };
         let positions = rule.choose(&Scored { id: &piece.id, scores, marks: &piece.marks }, counts);
-        let marked = positions.iter().filter(|position| position.label.is_some()).count();
+        let marked = positions.iter().filter(|position| piece.marks.contains_key(&position.index)).count();
         counts.positions += positions.len() as u64;
         counts.marked_positions += marked as u64;
         counts.dropped.marks_not_selected += (piece.marks.len() - marked) as u64;

@@ -64,6 +64,8 @@ impl AddAssign<&Self> for Dropped {
         self.tokens_before_min_context += part.tokens_before_min_context;
         self.tokens_below_min_entropy += part.tokens_below_min_entropy;
         self.tokens_above_max_entropy += part.tokens_above_max_entropy;
+        self.tokens_below_top_share += part.tokens_below_top_share;
+        self.tokens_below_min_loss_gap += part.tokens_below_min_loss_gap;
         self.tokens_not_drawn += part.tokens_not_drawn;
         self.tokens_over_document_limit += part.tokens_over_document_limit;
         self.tokens_not_finite += part.tokens_not_finite;
@@ -88,6 +90,10 @@ pub struct Dropped {
     pub tokens_below_min_entropy: u64,
     /// Tokens above the entropy band.
     pub tokens_above_max_entropy: u64,
+    /// Tokens inside the band whose entropy is not among the document's highest.
+    pub tokens_below_top_share: u64,
+    /// Tokens that the larger model does not find enough more probable than the proxy.
+    pub tokens_below_min_loss_gap: u64,
     /// Tokens that a random selection did not draw.
     pub tokens_not_drawn: u64,
     /// Candidates beyond `positions_per_document`.
@@ -109,6 +115,7 @@ impl std::fmt::Display for Dropped {
             (self.tokens_before_min_context, "have too little context"),
             (self.tokens_below_min_entropy, "are below the entropy band"),
             (self.tokens_above_max_entropy, "are above the entropy band"),
+            (self.tokens_below_min_loss_gap, "are not predicted enough better by the larger model"),
             (self.tokens_not_drawn, "were not drawn"),
             (self.tokens_not_finite, "have no finite score"),
         ];

@@ -1,82 +1,9 @@
 //! Which positions of a document are worth thinking about.
 
 use super::counts::TaskCounts;
-use super::{Position, draw};
+use super::{Position, PositionScore, draw};
 use crate::config::{Selection, TasksConfig};
 use std::collections::BTreeMap;
-
-/// What a proxy model says of one position, given everything before it.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct PositionScore {
-    /// Entropy over the k most probable next tokens, renormalised, in nats.
-    pub entropy: f32,
-    /// Probability of the true token over the whole vocabulary.
-    pub truth_probability: f32,
-    /// The most probable token (of equals, the lowest id).
-    pub proxy_top: u32,
-}
-
-/// A model that scores positions of text.
-pub trait Proxy: Sync {
-    /// Scores every token of every piece. A piece is a sequence of token ids with its header;
-    /// `scores[i][j]` is the score of token j of piece i given the tokens before it. Nothing comes
-    /// before token 0: its score is [`PositionScore::default`].
-    ///
-    /// # Errors
-    /// Fails when the model cannot be run.
-    fn score(&self, pieces: &[Vec<u32>], top_k: usize) -> Result<Vec<Vec<PositionScore>>, crate::Error>;
-}
-
-/// Scores one row of logits over the vocabulary against the true token.
-pub fn score_row(logits: &[f32], truth: u32, top_k: usize) -> PositionScore {
-    let best = most_probable(logits, top_k);
-    let Some(&(top_logit, proxy_top)) = best.first() else { return PositionScore::default() };
-    let total: f64 = logits.iter().map(|&logit| f64::from((logit - top_logit).exp())).sum();
-    let truth = logits.get(truth as usize).map_or(0.0, |&logit| f64::from(logit - top_logit).exp());
-    PositionScore { entropy: entropy_of(&best), truth_probability: (truth / total) as f32, proxy_top }
-}
-
-/// Entropy in nats of softmax(logits), restricted to its `k` most probable tokens and
-/// renormalised: H = -sum p ln p with p = exp(l) / sum of exp(l) over those k. Between 0 and
-/// ln k; NaN if a logit among them is not finite.
-pub fn top_k_entropy(logits: &[f32], k: usize) -> f32 {
-    entropy_of(&most_probable(logits, k))
-}
-
-/// With m the largest logit and Z = sum exp(l - m): H = ln Z - sum exp(l - m) (l - m) / Z.
-fn entropy_of(best: &[(f32, u32)]) -> f32 {
-    let Some(&(top, _)) = best.first() else { return 0.0 };
-    let (mut total, mut weighted) = (0.0_f64, 0.0_f64);
-    for &(logit, _) in best {
-        let distance = f64::from(logit) - f64::from(top);
-        let weight = distance.exp();
-        total += weight;
-        // An impossible token adds nothing: x exp(x) tends to 0.
-        if distance != f64::NEG_INFINITY {
-            weighted += weight * distance;
-        }
-    }
-    let entropy = total.ln() - weighted / total;
-    // Not `max`, which would turn NaN into 0.
-    if entropy < 0.0 { 0.0 } else { entropy as f32 }
-}
-
-/// The `k` largest logits with their ids, descending, lower ids first among equals. A NaN counts
-/// as the largest, so that it shows in the result.
-fn most_probable(logits: &[f32], k: usize) -> Vec<(f32, u32)> {
-    let mut best: Vec<(f32, u32)> = Vec::with_capacity(k.min(logits.len()) + 1);
-    for (&logit, id) in logits.iter().zip(0..) {
-        // Nearly every logit of a large vocabulary fails this test.
-        if best.len() >= k && best.last().is_none_or(|&(worst, _)| logit <= worst) {
-            continue;
-        }
-        let place = best.partition_point(|&(better, _)| better.is_nan() || better >= logit);
-        let place = if logit.is_nan() { 0 } else { place };
-        best.insert(place, (logit, id));
-        best.truncate(k);
-    }
-    best
-}
 
 /// One scored piece of a document.
 pub(super) struct Scored<'a> {
@@ -102,6 +29,9 @@ pub(super) struct Rule<'a> {
 const RANDOM_SHARE: u64 = 1;
 const DOCUMENT_LIMIT: u64 = 2;
 
+/// Names of three tiers; others are numbered.
+const TIERS: [&str; 3] = ["easy", "medium", "hard"];
+
 impl Rule<'_> {
     /// Chooses the positions of a piece, ascending, and counts what it leaves.
     pub(super) fn choose(&self, piece: &Scored<'_>, counts: &mut TaskCounts) -> Vec<Position> {
@@ -117,15 +47,15 @@ impl Rule<'_> {
                 Some(reason) => *reason += 1,
             }
         }
-        candidates.sort_by_cached_key(|&index| {
-            draw::bits(&[self.seed, DOCUMENT_LIMIT, document, u64::from(index)])
-        });
-        let over_limit = candidates.len().saturating_sub(self.settings.positions_per_document);
-        counts.dropped.tokens_over_document_limit += over_limit as u64;
-        candidates.truncate(self.settings.positions_per_document);
-        kept.extend(candidates);
+        if self.settings.selection == Selection::Entropy {
+            self.keep_top_share(piece, &mut candidates, counts);
+        }
+        let found = candidates.len();
+        let chosen = self.limit(document, piece, candidates);
+        counts.dropped.tokens_over_document_limit += (found - chosen.len()) as u64;
+        kept.extend(chosen);
         kept.sort_unstable();
-        kept.into_iter().map(|index| position(piece, index)).collect()
+        kept.into_iter().map(|index| self.position(piece, index)).collect()
     }
 
     /// The counter of the reason why a token is no candidate, if there is a reason.
@@ -146,16 +76,76 @@ impl Rule<'_> {
         if self.is_scored {
             counts.entropy.add(score.entropy);
         }
+        let by_entropy = matches!(settings.selection, Selection::Entropy | Selection::Tiers);
         match settings.selection {
-            Selection::Entropy if score.entropy <= settings.min_entropy => {
+            _ if by_entropy && score.entropy <= settings.min_entropy => {
                 Some(&mut dropped.tokens_below_min_entropy)
             }
-            Selection::Entropy if score.entropy >= settings.max_entropy => {
+            Selection::Entropy | Selection::Tiers | Selection::LossGap
+                if score.entropy >= settings.max_entropy =>
+            {
                 Some(&mut dropped.tokens_above_max_entropy)
             }
+            // Not `<`, which a gap that is no number would pass.
+            Selection::LossGap if !(score.loss_gap() >= settings.min_loss_gap) => {
+                Some(&mut dropped.tokens_below_min_loss_gap)
+            }
             Selection::Random if !self.is_drawn(document, index) => Some(&mut dropped.tokens_not_drawn),
-            Selection::Entropy | Selection::Random | Selection::All => None,
+            _ => None,
         }
+    }
+
+    /// Keeps the share of the candidates with the highest entropy; of equals, the earlier.
+    fn keep_top_share(&self, piece: &Scored<'_>, candidates: &mut Vec<u32>, counts: &mut TaskCounts) {
+        // In single precision, in which a share such as 0.4 of 5 is 2.
+        let kept = (candidates.len() as f32 * self.settings.top_share).ceil() as usize;
+        if kept >= candidates.len() {
+            return;
+        }
+        let entropy = |index: &u32| piece.scores[*index as usize].entropy;
+        candidates.sort_by(|a, b| entropy(b).total_cmp(&entropy(a)));
+        counts.dropped.tokens_below_top_share += (candidates.len() - kept) as u64;
+        candidates.truncate(kept);
+    }
+
+    /// At most `positions_per_document` candidates, the first in order of a draw; of tiers, equally many of
+    /// each as far as they go.
+    fn limit(&self, document: u64, piece: &Scored<'_>, mut candidates: Vec<u32>) -> Vec<u32> {
+        candidates.sort_by_cached_key(|&index| {
+            draw::bits(&[self.seed, DOCUMENT_LIMIT, document, u64::from(index)])
+        });
+        if self.settings.selection == Selection::Tiers {
+            let mut taken = vec![0_usize; self.settings.tiers.len() + 1];
+            candidates.sort_by_cached_key(|&index| {
+                let taken = &mut taken[self.tier(&piece.scores[index as usize])];
+                *taken += 1;
+                *taken
+            });
+        }
+        candidates.truncate(self.settings.positions_per_document);
+        candidates
+    }
+
+    /// The tier of a position: the number of bounds that its entropy has passed.
+    fn tier(&self, score: &PositionScore) -> usize {
+        self.settings.tiers.iter().take_while(|&&bound| score.entropy > bound).count()
+    }
+
+    fn position(&self, piece: &Scored<'_>, index: u32) -> Position {
+        let score = piece.scores[index as usize];
+        let tier = || (self.settings.selection == Selection::Tiers).then(|| self.tier_name(&score));
+        Position {
+            index,
+            entropy: score.entropy,
+            truth_probability: score.truth_probability,
+            proxy_top: score.proxy_top,
+            label: piece.marks.get(&index).cloned().or_else(tier),
+        }
+    }
+
+    fn tier_name(&self, score: &PositionScore) -> String {
+        let (tier, bounds) = (self.tier(score), self.settings.tiers.len());
+        if bounds + 1 == TIERS.len() { TIERS[tier].to_owned() } else { format!("tier {}", tier + 1) }
     }
 
     fn is_drawn(&self, document: u64, index: u32) -> bool {
@@ -164,66 +154,19 @@ impl Rule<'_> {
     }
 }
 
-fn position(piece: &Scored<'_>, index: u32) -> Position {
-    let score = piece.scores[index as usize];
-    Position {
-        index,
-        entropy: score.entropy,
-        truth_probability: score.truth_probability,
-        proxy_top: score.proxy_top,
-        label: piece.marks.get(&index).cloned(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-
-    fn reference_entropy(logits: &[f32], k: usize) -> f64 {
-        let mut sorted: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
-        sorted.sort_by(|a, b| b.total_cmp(a));
-        sorted.truncate(k);
-        let total: f64 = sorted.iter().map(|logit| logit.exp()).sum();
-        sorted.iter().map(|logit| logit.exp() / total).map(|p| -p * p.ln()).sum()
-    }
-
-    proptest! {
-        #[test]
-        fn agrees_with_the_definition(logits in prop::collection::vec(-20.0_f32..20.0, 1..200), k in 1_usize..40) {
-            let entropy = f64::from(top_k_entropy(&logits, k));
-            prop_assert!((entropy - reference_entropy(&logits, k)).abs() < 1e-5);
-            let score = score_row(&logits, 0, k);
-            let total: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
-            let truth = f64::from(logits[0]).exp() / total;
-            prop_assert!((f64::from(score.truth_probability) - truth).abs() < 1e-6);
-            let top = logits[score.proxy_top as usize];
-            prop_assert!(logits.iter().all(|&logit| logit <= top));
-        }
-    }
-
-    #[test]
-    fn uniform_logits_have_the_largest_entropy() {
-        for k in [1, 2, 16] {
-            assert!((top_k_entropy(&[3.0; 1000], k) - (k as f32).ln()).abs() < 1e-6);
-        }
-        assert!((top_k_entropy(&[0.0; 4], 16) - 4_f32.ln()).abs() < 1e-6);
-    }
-
-    #[test]
-    fn odd_rows_are_told_from_ordinary_ones() {
-        assert_eq!(top_k_entropy(&[], 16), 0.0);
-        assert_eq!(top_k_entropy(&[5.0, f32::NEG_INFINITY], 2), 0.0);
-        assert!(top_k_entropy(&[1.0, f32::NAN, 2.0], 2).is_nan());
-        assert!(top_k_entropy(&[f32::NEG_INFINITY; 4], 2).is_nan());
-        assert_eq!(score_row(&[1.0, 7.0, 7.0], 99, 2).truth_probability, 0.0);
-        assert_eq!(score_row(&[1.0, 7.0, 7.0], 0, 2).proxy_top, 1);
-    }
 
     fn scores(entropies: &[f32]) -> Vec<PositionScore> {
         entropies
             .iter()
-            .map(|&entropy| PositionScore { entropy, truth_probability: 0.5, proxy_top: 1 })
+            .map(|&entropy| PositionScore {
+                entropy,
+                truth_probability: 0.5,
+                proxy_top: 1,
+                ..PositionScore::default()
+            })
             .collect()
     }
 
@@ -267,6 +210,55 @@ mod tests {
             }
         }
         assert!(hits[1..].iter().all(|&count| (15..75).contains(&count)), "{hits:?}");
+    }
+
+    #[test]
+    fn the_top_share_is_of_those_inside_the_bounds() {
+        let settings = TasksConfig { min_context: 1, top_share: 0.4, ..TasksConfig::default() };
+        let scores = scores(&[0.0, 1.1, 2.4, 1.2, 2.2, 1.3, 3.0, 0.2]);
+        let (positions, counts) = chosen(&settings, 0, false, &scores);
+        assert_eq!((positions, counts.dropped.tokens_below_top_share), (vec![2, 4], 3));
+    }
+
+    #[test]
+    fn tiers_share_the_positions_of_a_document() {
+        let settings = TasksConfig {
+            selection: Selection::Tiers,
+            min_context: 1,
+            positions_per_document: 6,
+            ..TasksConfig::default()
+        };
+        // Twenty easy positions, one of medium and four of high entropy.
+        let entropies = [&[0.0][..], &[1.2; 20], &[1.7], &[2.3; 4], &[0.5, 9.0]].concat();
+        let scores = scores(&entropies);
+        let mut counts = TaskCounts::new(16);
+        let rule = Rule { settings: &settings, seed: 1, is_scored: true, keep_marked: false };
+        let piece = Scored { id: "document", scores: &scores, marks: &BTreeMap::new() };
+        let positions = rule.choose(&piece, &mut counts);
+        let labelled = |label: &str| positions.iter().filter(|p| p.label.as_deref() == Some(label)).count();
+        // Three of one tier at most, since the second has but one; the first five places are two, one and two.
+        assert_eq!((labelled("medium"), labelled("easy") + labelled("hard")), (1, 5));
+        assert!(labelled("easy").abs_diff(labelled("hard")) == 1);
+        assert_eq!(counts.dropped.tokens_over_document_limit, 25 - 6);
+    }
+
+    #[test]
+    fn a_loss_gap_asks_for_a_larger_model_that_knows_better() {
+        let settings = TasksConfig {
+            selection: Selection::LossGap,
+            min_context: 1,
+            min_loss_gap: 0.5,
+            ..TasksConfig::default()
+        };
+        let mut scores = scores(&[1.0, 0.1, 2.0, 2.6, 1.0, 1.0]);
+        for (score, larger) in scores.iter_mut().zip([0.9, 0.9, 0.83, 0.9, 0.8, f32::NAN]) {
+            score.larger_truth_probability = Some(larger);
+        }
+        // ln(0.83 / 0.5) = 0.507 and ln(0.8 / 0.5) = 0.47; the fourth is above the cap on the entropy.
+        let (positions, counts) = chosen(&settings, 0, false, &scores);
+        assert_eq!(positions, [1, 2]);
+        assert_eq!(counts.dropped.tokens_below_min_loss_gap, 2);
+        assert_eq!(counts.dropped.tokens_above_max_entropy, 1);
     }
 
     #[test]
