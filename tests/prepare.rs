@@ -121,6 +121,25 @@ fn a_corpus_is_many_units_of_several_shards() {
 }
 
 #[test]
+fn a_unit_is_inspected_as_all_are_and_shows_whole_prompts() {
+    let run = place().0.path("whole");
+    for part in ["tasks/train", "tasks/train/unit-00002"] {
+        let found: serde_json::Value =
+            serde_json::from_str(&succeeds([Path::new("inspect"), Path::new("--json"), &run.join(part)]))
+                .unwrap();
+        assert_eq!(found["corpus"]["documents"], found["counts"]["documents"]);
+        let lengths: u64 =
+            found["lengths"]["bins"].as_array().unwrap().iter().map(|bin| bin.as_u64().unwrap()).sum();
+        assert_eq!(found["counts"]["pieces"], lengths);
+        assert_eq!(found["top_drops"][0]["reason"], "tokens_not_drawn");
+        assert_eq!(found["sample"][0]["footer"], "<think>");
+        assert_eq!(found["sources"].as_array().unwrap().is_empty(), part == "tasks/train");
+    }
+    let people = succeeds([Path::new("inspect"), &run.join("tasks/train/unit-00002")]);
+    assert!(people.contains("<think>⟦") && people.contains("length of the pieces"), "{people}");
+}
+
+#[test]
 fn workers_in_any_order_make_the_same_tasks() {
     let (place, _) = place();
     for share in ["2/3", "0/3"] {

@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use rpt::report::{
-    Curves, Metrics, MetricsLog, ReportError, ReportInput, RolloutLog, RolloutRow, Table, TableLabel,
-    TableRow, read_rows, render_report, sample_rows, write_report,
+    Curves, DataSummary, Histogram, Metrics, MetricsLog, ReportError, ReportInput, RolloutLog, RolloutRow,
+    Table, TableLabel, TableRow, read_rows, render_report, sample_rows, write_report,
 };
 use std::path::Path;
 
@@ -175,6 +175,13 @@ fn hostile_input(directory: &Path) -> ReportInput {
         ..row(7, 7)
     };
     ReportInput {
+        data: vec![DataSummary {
+            name: text.clone(),
+            counts: vec![(text.clone(), 7)],
+            dropped: vec![(text.clone(), 7)],
+            quarantined: vec![text.clone()],
+            histograms: vec![Histogram { title: text.clone(), bins: vec![(text.clone(), 7)] }],
+        }],
         title: text.clone(),
         summary: vec![(text.clone(), text.clone())],
         tables: vec![Table {

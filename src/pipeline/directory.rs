@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::ledger::{LedgerReport, LedgerSnapshot};
 use crate::model::Decoder;
 use crate::report::{Log, Table};
-use crate::tasks::{Manifest, TaskShards, TasksError};
+use crate::tasks::{Manifest, PromptTemplate, TaskShards, TasksError};
 use crate::tokenize::{SpecialTokens, Tokenizer};
 use serde::Serialize;
 use serde_json::Value;
@@ -98,6 +98,14 @@ impl RunDirectory {
     pub fn tokenizer(&self) -> Result<(Tokenizer, SpecialTokens), Error> {
         let vocabulary = self.vocabulary()?;
         Ok((vocabulary.tokenizer, vocabulary.special))
+    }
+
+    /// The prompt template of the run.
+    ///
+    /// # Errors
+    /// As [`RunDirectory::tokenizer`].
+    pub fn template(&self) -> Result<PromptTemplate, Error> {
+        Ok(self.vocabulary()?.template)
     }
 
     fn vocabulary(&self) -> Result<Vocabulary, Error> {

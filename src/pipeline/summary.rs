@@ -8,8 +8,10 @@ use crate::config::{Loaded, Pipeline};
 use crate::error::Error;
 use crate::eval::{Breakdown, Evaluation};
 use crate::report::{
-    Curves, ReportInput, Table, TableLabel, TableRow, sample_rows, table_text, write_report,
+    Curves, DataSummary, Histogram, ReportInput, Table, TableLabel, TableRow, sample_rows, table_text,
+    write_report,
 };
+use crate::tasks::{Manifest, TaskCounts};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -110,11 +112,54 @@ fn report(
         title: format!("Reinforcement pre-training: {name}"),
         summary: lines,
         tables: tables(evaluations, covered),
+        data: ["train", "eval"].iter().filter_map(|split| data(paths, split)).collect(),
         curves: if paths.metrics().exists() { Curves::read(&paths.metrics())? } else { Curves::default() },
         pipeline: resolved_text(pipeline)?,
         rollouts: if rollouts.exists() { sample_rows(&rollouts, 12)? } else { Vec::new() },
     };
     Ok(write_report(&paths.0, &input)?)
+}
+
+/// What the corpus of a split became, if its tasks are built.
+fn data(paths: &Paths, split: &str) -> Option<DataSummary> {
+    let manifest = Manifest::load(&paths.tasks(split)).ok()?;
+    let (corpus, counts) = (&manifest.corpus, &manifest.counts);
+    let named = |(name, count): (&str, u64)| (name.to_owned(), count);
+    let there = [
+        ("files", corpus.files),
+        ("documents read", corpus.documents),
+        ("bytes of text", corpus.bytes),
+        ("quarantined places", corpus.quarantined_total),
+        ("tokens", counts.tokens),
+        ("pieces with positions", manifest.documents()),
+        ("positions", counts.positions),
+    ];
+    let mut dropped: Vec<_> = corpus.dropped.iter().map(|(reason, count)| (reason.clone(), *count)).collect();
+    dropped.extend(counts.dropped.reasons().map(named));
+    dropped.retain(|(_, count)| *count > 0);
+    dropped.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+    Some(DataSummary {
+        name: format!("tasks/{split}"),
+        counts: there.map(named).to_vec(),
+        dropped,
+        quarantined: corpus.quarantined.iter().map(ToString::to_string).collect(),
+        histograms: histograms(counts),
+    })
+}
+
+fn histograms(counts: &TaskCounts) -> Vec<Histogram> {
+    let length = |bin: usize| format!("{}–{} tokens", 1_u128 << bin, (2_u128 << bin) - 1);
+    let width = counts.entropy.upper / counts.entropy.bins.len().max(1) as f32;
+    let entropy = |bin: usize| format!("{:.2}–{:.2} nats", width * bin as f32, width * (bin + 1) as f32);
+    let bins = |counts: &[u64], name: &dyn Fn(usize) -> String| {
+        counts.iter().enumerate().map(|(bin, count)| (name(bin), *count)).collect()
+    };
+    let all = [
+        ("Length of the pieces", bins(&counts.lengths.bins, &length)),
+        ("Entropy under the proxy, of positions with enough context", bins(&counts.entropy.bins, &entropy)),
+    ];
+    let drawn = all.into_iter().map(|(title, bins): (&str, Vec<_>)| Histogram { title: title.into(), bins });
+    drawn.filter(|histogram| histogram.bins.iter().any(|(_, count)| *count > 0)).collect()
 }
 
 fn evaluations(paths: &Paths) -> Result<BTreeMap<&'static str, Evaluation>, Error> {

@@ -1,11 +1,12 @@
 //! The report page: one file without scripts or external resources.
 
+use super::data::draw_data;
 use super::files::write_atomically;
 use super::html_rollouts::draw_rollouts;
 use super::html_table::draw_table;
 use super::panels::{Figure, figures};
 use super::table::grouped;
-use super::{Curves, ReportError, RolloutRow, StageCurves, Table};
+use super::{Curves, DataSummary, ReportError, RolloutRow, StageCurves, Table};
 use std::path::{Path, PathBuf};
 
 const STYLE: &str = include_str!("style.css");
@@ -19,6 +20,8 @@ pub struct ReportInput {
     pub summary: Vec<(String, String)>,
     /// Tables of the evaluation.
     pub tables: Vec<Table>,
+    /// What the corpora became.
+    pub data: Vec<DataSummary>,
     /// Curves of the stages, from the metrics log.
     pub curves: Curves,
     /// The pipeline file.
@@ -85,6 +88,7 @@ fn sections(input: &ReportInput) -> Vec<Section> {
     all.extend(stages.into_iter().map(|(index, stage)| {
         section(&format!("stage-{}", index + 1), &format!("Stage: {}", stage.name), draw_stage(stage))
     }));
+    all.push(section("data", "Data", draw_data(&input.data)));
     all.push(section("rollouts", "Sample rollouts", draw_rollouts(&input.rollouts)));
     all.push(section("pipeline", "Pipeline", draw_pipeline(&input.pipeline)));
     all

@@ -21,6 +21,7 @@
 //! that may hold wall-clock figures: all others must come out the same when a run is repeated.
 
 mod curves;
+mod data;
 mod files;
 mod html;
 mod html_rollouts;
@@ -37,6 +38,7 @@ mod svg;
 mod table;
 
 pub use curves::{Curves, StageCurves};
+pub use data::{DataSummary, Histogram};
 pub use html::{ReportInput, render_report, write_report};
 pub use log::Log;
 pub use metrics::{MetricValue, Metrics, MetricsLog};

@@ -20,6 +20,8 @@ pub struct TaskCounts {
     pub marked_positions: u64,
     /// Documents whose tokens do not spell their exact text (normalisers, unknown characters).
     pub respelled_documents: u64,
+    /// Lengths of the pieces in tokens.
+    pub lengths: LengthHistogram,
     /// Entropy of the proxy at every position with enough context.
     pub entropy: EntropyHistogram,
     /// What did not become a task, by reason.
@@ -35,6 +37,7 @@ impl TaskCounts {
             positions: 0,
             marked_positions: 0,
             respelled_documents: 0,
+            lengths: LengthHistogram::default(),
             entropy: EntropyHistogram::new(top_k),
             dropped: Dropped::default(),
         }
@@ -49,6 +52,7 @@ impl AddAssign<&Self> for TaskCounts {
         self.positions += part.positions;
         self.marked_positions += part.marked_positions;
         self.respelled_documents += part.respelled_documents;
+        self.lengths += &part.lengths;
         for (count, part) in self.entropy.bins.iter_mut().zip(&part.entropy.bins) {
             *count += part;
         }
@@ -126,6 +130,54 @@ impl std::fmt::Display for Dropped {
     }
 }
 
+impl Dropped {
+    /// Every reason with its count.
+    pub fn reasons(&self) -> [(&'static str, u64); 14] {
+        [
+            ("empty_documents", self.empty_documents),
+            ("pieces_too_short", self.pieces_too_short),
+            ("pieces_without_position", self.pieces_without_position),
+            ("tokens_before_min_context", self.tokens_before_min_context),
+            ("tokens_below_min_entropy", self.tokens_below_min_entropy),
+            ("tokens_above_max_entropy", self.tokens_above_max_entropy),
+            ("tokens_below_top_share", self.tokens_below_top_share),
+            ("tokens_below_min_loss_gap", self.tokens_below_min_loss_gap),
+            ("tokens_not_drawn", self.tokens_not_drawn),
+            ("tokens_over_document_limit", self.tokens_over_document_limit),
+            ("tokens_not_finite", self.tokens_not_finite),
+            ("marks_off_boundary", self.marks_off_boundary),
+            ("marks_repeated", self.marks_repeated),
+            ("marks_not_selected", self.marks_not_selected),
+        ]
+    }
+}
+
+/// Counts of lengths: bin b holds those from 2^b up to 2^(b + 1) - 1.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LengthHistogram {
+    /// Counts per bin, up to the last that is not empty.
+    pub bins: Vec<u64>,
+}
+
+impl LengthHistogram {
+    /// Counts a length of at least 1.
+    pub(super) fn add(&mut self, length: usize) {
+        let Some(bin) = length.checked_ilog2() else { return };
+        let bins = self.bins.len().max(bin as usize + 1);
+        self.bins.resize(bins, 0);
+        self.bins[bin as usize] += 1;
+    }
+}
+
+impl AddAssign<&Self> for LengthHistogram {
+    fn add_assign(&mut self, part: &Self) {
+        self.bins.resize(self.bins.len().max(part.bins.len()), 0);
+        for (count, part) in self.bins.iter_mut().zip(&part.bins) {
+            *count += part;
+        }
+    }
+}
+
 /// Number of bins of an [`EntropyHistogram`].
 const BINS: usize = 64;
 
@@ -198,6 +250,28 @@ mod tests {
         histogram.add(-1e-7);
         histogram.add(16_f32.ln() + 1e-6);
         assert_eq!((histogram.bins[0], histogram.bins[BINS - 1]), (1, 1));
+    }
+
+    #[test]
+    fn lengths_are_counted_by_powers_of_two() {
+        let mut lengths = LengthHistogram::default();
+        [1, 2, 3, 4, 7, 8, 0].into_iter().for_each(|length| lengths.add(length));
+        assert_eq!(lengths.bins, [1, 2, 2, 1]);
+        let mut sum = LengthHistogram { bins: vec![5] };
+        sum += &lengths;
+        assert_eq!(sum.bins, [6, 2, 2, 1]);
+    }
+
+    #[test]
+    fn every_reason_is_listed_and_added() {
+        let text = serde_json::to_value(Dropped::default()).unwrap();
+        let names: Vec<&str> = text.as_object().unwrap().keys().map(String::as_str).collect();
+        let one = names.iter().map(|name| ((*name).to_owned(), 1.into())).collect::<serde_json::Map<_, _>>();
+        let one: Dropped = serde_json::from_value(one.into()).unwrap();
+        let mut two = one.clone();
+        two += &one;
+        assert_eq!(two.reasons().map(|(_, count)| count), [2; 14]);
+        assert_eq!(two.reasons().map(|(name, _)| name).to_vec(), names);
     }
 
     #[test]

@@ -23,7 +23,7 @@ mod units;
 mod writer;
 
 pub use build::TaskBuilder;
-pub use counts::{Dropped, EntropyHistogram, TaskCounts};
+pub use counts::{Dropped, EntropyHistogram, LengthHistogram, TaskCounts};
 pub use cut::LOOK_AHEAD_TOKENS;
 pub use kept::{KeptScores, ScoreKey};
 pub use manifest::{Fingerprints, Manifest, SCHEMA_VERSION, ShardEntry};
