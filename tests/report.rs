@@ -268,7 +268,7 @@ fn the_page_holds_the_figures_and_needs_nothing_else() {
     }
     assert!(page.contains("1,000 lines of metrics") && page.contains("1,000 values were not finite"));
     let charts = well_formed(&body(&page)).iter().filter(|name| *name == "figure").count();
-    assert_eq!(charts, 4, "reward, entropy, outcomes, seconds; a loss without values has no chart");
+    assert_eq!(charts, 5, "reward, entropy, outcomes, seconds and data; a loss without values has no chart");
     for resource in ["src=", "http:", "https:", "url(", "@import", "<link", "<script"] {
         assert!(!page.contains(resource), "{resource}");
     }

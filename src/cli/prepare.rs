@@ -12,7 +12,7 @@ pub(super) struct ShareArguments {
     #[command(flatten)]
     run: run::Arguments,
     /// Build one worker's share of the units only: worker I of N, counted from 0 [default: what a Slurm array
-    /// (SLURM_ARRAY_TASK_ID) or an indexed job of Kubernetes (JOB_COMPLETION_INDEX and JOB_COMPLETIONS) says, or
+    /// (`SLURM_ARRAY_TASK_ID`) or an indexed job of Kubernetes (`JOB_COMPLETION_INDEX` and `JOB_COMPLETIONS`) says, or
     /// everything]
     #[arg(long, value_name = "I/N", value_parser = parse_share)]
     shard: Option<Share>,

@@ -255,7 +255,9 @@ mod tests {
     #[test]
     fn lengths_are_counted_by_powers_of_two() {
         let mut lengths = LengthHistogram::default();
-        [1, 2, 3, 4, 7, 8, 0].into_iter().for_each(|length| lengths.add(length));
+        for length in [1, 2, 3, 4, 7, 8, 0] {
+            lengths.add(length);
+        }
         assert_eq!(lengths.bins, [1, 2, 2, 1]);
         let mut sum = LengthHistogram { bins: vec![5] };
         sum += &lengths;

@@ -45,7 +45,9 @@ impl Cutter<'_> {
         let marks = self.place_marks(document, &tokens, counts);
         let pieces = self.pieces(&document.id, &tokens, marks);
         counts.pieces += pieces.len() as u64;
-        pieces.iter().for_each(|piece| counts.lengths.add(piece.own));
+        for piece in &pieces {
+            counts.lengths.add(piece.own);
+        }
         Ok(pieces)
     }
 

@@ -138,9 +138,9 @@ fn schema() -> Schema {
 /// Digest of the tokens that a row of scores belongs to.
 fn digest(tokens: &[u32]) -> u64 {
     let mut hasher = blake3::Hasher::new();
-    tokens.iter().for_each(|token| {
+    for token in tokens {
         hasher.update(&token.to_le_bytes());
-    });
+    }
     let mut word = [0; 8];
     hasher.finalize_xof().fill(&mut word);
     u64::from_le_bytes(word)
@@ -150,14 +150,18 @@ fn encode(pieces: &[Vec<u32>], scores: &[Vec<PositionScore>]) -> Result<RecordBa
     let reals = |of: fn(&PositionScore) -> f32| {
         let mut lists = ListBuilder::new(Float32Builder::new());
         for scores in scores {
-            scores.iter().for_each(|score| lists.values().append_value(of(score)));
+            for score in scores {
+                lists.values().append_value(of(score));
+            }
             lists.append(true);
         }
         Arc::new(lists.finish()) as ArrayRef
     };
     let mut tops = ListBuilder::new(UInt32Builder::new());
     for scores in scores {
-        scores.iter().for_each(|score| tops.values().append_value(score.proxy_top));
+        for score in scores {
+            tops.values().append_value(score.proxy_top);
+        }
         tops.append(true);
     }
     let digests = UInt64Array::from_iter_values(pieces.iter().map(|piece| digest(piece)));

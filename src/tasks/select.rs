@@ -86,8 +86,7 @@ impl Rule<'_> {
             {
                 Some(&mut dropped.tokens_above_max_entropy)
             }
-            // Not `<`, which a gap that is no number would pass.
-            Selection::LossGap if !(score.loss_gap() >= settings.min_loss_gap) => {
+            Selection::LossGap if score.loss_gap().is_nan() || score.loss_gap() < settings.min_loss_gap => {
                 Some(&mut dropped.tokens_below_min_loss_gap)
             }
             Selection::Random if !self.is_drawn(document, index) => Some(&mut dropped.tokens_not_drawn),
