@@ -143,30 +143,33 @@ fn cases() -> u32 {
     std::env::var("RPT_FUZZ_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(3000)
 }
 
-/// White space of every kind.
-const SPACES: &str =
-    "[ \\t\\n\\r\\x0b\\x0c\u{85}\u{a0}\u{1680}\u{2000}-\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}]";
+/// Texts of a regular expression, which is compiled once.
+fn like(pattern: &str) -> impl Strategy<Value = String> + use<> {
+    proptest::string::string_regex(pattern).unwrap()
+}
 
 fn fragment() -> impl Strategy<Value = String> {
     prop_oneof![
         any::<char>().prop_map(String::from),
         (0..=0x10_FFFF_u32).prop_map(|code| char::from_u32(code).unwrap_or('\u{fffd}').to_string()),
         (0..0x3400_u32).prop_map(|code| char::from_u32(code).unwrap().to_string()),
-        format!("{SPACES}{{1,4}}"),
-        "[ \n\r]{1,5}",
-        " {1,9}",
-        "[a-zA-Z]{1,20}",
-        " [a-z]{1,9}",
-        "[0-9]{1,12}",
-        "[٠-٩½²Ⅷ一𝟘0-9]{1,5}",
-        "[!-/:-@\\[-`{-~]{1,6}",
-        "['’][sStTdDmMſ]|'(re|RE|rE|ve|VE|Ve|ll|LL|lL|l|r|v)",
-        "[\u{300}-\u{34f}\u{5b0}-\u{5c2}\u{64b}-\u{65f}\u{93c}\u{94d}\u{3099}\u{1d165}]{1,4}",
-        "[aeiouAOUсдк\u{1100}\u{1161}\u{11a8}가\u{ac00}\u{0915}]",
-        "[\u{0}-\u{1f}\u{7f}-\u{9f}\u{200b}-\u{200f}\u{feff}]",
-        "[一-龥]{1,8}|[а-яА-Я]{1,12}|[α-ω]{1,8}|[ぁ-ん]{1,6}|[가-힣]{1,5}|[ا-ي]{1,7}",
-        Just("<|endoftext|>").prop_map(String::from),
-        "<\\|(bos|end|im_start|im_end)\\|>|</?think>|</?s>|\\[INST\\]",
+        like(
+            "[ \\t\\n\\r\\x0b\\x0c\u{85}\u{a0}\u{1680}\u{2000}-\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}]{1,4}"
+        ),
+        like("[ \n\r]{1,5}"),
+        like(" {1,9}"),
+        like("[a-zA-Z]{1,20}"),
+        like(" [a-z]{1,9}"),
+        like("[0-9]{1,12}"),
+        like("[٠-٩½²Ⅷ一𝟘0-9]{1,5}"),
+        like("[!-/:-@\\[-`{-~]{1,6}"),
+        like("['’][sStTdDmMſ]|'(re|RE|rE|ve|VE|Ve|ll|LL|lL|l|r|v)"),
+        like("[\u{300}-\u{34f}\u{5b0}-\u{5c2}\u{64b}-\u{65f}\u{93c}\u{94d}\u{3099}\u{1d165}]{1,4}"),
+        like("[aeiouAOUсдк\u{1100}\u{1161}\u{11a8}가\u{ac00}\u{0915}]"),
+        like("[\u{0}-\u{1f}\u{7f}-\u{9f}\u{200b}-\u{200f}\u{feff}]"),
+        like("[一-龥]{1,8}|[а-яА-Я]{1,12}|[α-ω]{1,8}|[ぁ-ん]{1,6}|[가-힣]{1,5}|[ا-ي]{1,7}"),
+        Just("<|endoftext|>".to_owned()),
+        like("<\\|(bos|end|im_start|im_end)\\|>|</?think>|</?s>|\\[INST\\]"),
         prop::collection::vec(any::<u8>(), 1..12)
             .prop_map(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
         (0..MIXED.len(), 0..60_usize, 1..30_usize).prop_map(|(text, from, count)| MIXED[text]
@@ -174,7 +177,7 @@ fn fragment() -> impl Strategy<Value = String> {
             .skip(from)
             .take(count)
             .collect()),
-        ("[ \n\ta-cé0'!数]", 1..90_usize).prop_map(|(unit, count)| unit.repeat(count)),
+        (like("[ \n\ta-cé0'!数]"), 1..90_usize).prop_map(|(unit, count)| unit.repeat(count)),
     ]
 }
 
