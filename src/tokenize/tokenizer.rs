@@ -325,3 +325,24 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TokenizeError> {
     written.map_err(TokenizeError::io(&partial))?;
     std::fs::rename(&partial, path).map_err(TokenizeError::io(path))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenize::train_byte_level_bpe;
+
+    #[test]
+    fn an_encoder_that_differs_is_given_up_with_a_message() {
+        let train = |word: &str| train_byte_level_bpe(std::iter::repeat_n(word.into(), 9), 300).unwrap();
+        let (mut tokenizer, other) = (train("abcabc"), train("bcabca"));
+        let library = encode(&tokenizer.literal, "abcabc").unwrap();
+        assert_eq!(tokenizer.fast_path(), FastPath::Active);
+        assert_eq!(tokenizer.encode_document("abcabc").unwrap(), library);
+        tokenizer.fast = other.fast;
+        assert_ne!(tokenizer.encode_document("abcabc").unwrap(), library);
+        assert_eq!(tokenizer.prove_fast_path(["x", ""]), FastPath::Active);
+        let FastPath::Refuted { message } = tokenizer.prove_fast_path(["x", "abcabc"]) else { panic!() };
+        assert!(message.contains("abcabc") && message.contains("slowly"), "{message}");
+        assert_eq!(tokenizer.encode_document("abcabc").unwrap(), library);
+    }
+}

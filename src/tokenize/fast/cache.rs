@@ -1,13 +1,13 @@
 //! Pieces seen before and their ids, in a fixed amount of memory.
 //!
-//! Each piece has one place, by its hash, and the last that came there stays. What is remembered
-//! changes how long encoding takes, never its result.
+//! Each piece has one place, by its hash, where the last stays that came there; of short pieces the
+//! last two, in one cache line. What is remembered changes how long encoding takes, never its result.
 
 /// The longest piece that is its own key.
 const SHORT: usize = 15;
 /// Ids that a short piece may have.
 const SHORT_IDS: usize = 3;
-/// Binary logarithm of the number of short pieces.
+/// Binary logarithm of the number of pairs of short pieces: a megabyte.
 const SHORT_BITS: u32 = 14;
 /// The longest piece that is remembered.
 const LONG: usize = 46;
@@ -74,20 +74,21 @@ struct LongEntry {
 
 /// What one thread remembers.
 pub(super) struct Cache {
-    short: Vec<ShortEntry>,
+    short: Vec<[ShortEntry; 2]>,
     long: Vec<LongEntry>,
 }
 
 impl Cache {
     pub(super) fn new() -> Self {
         let none = LongEntry { length: 0, count: 0, bytes: [0; LONG], ids: [0; LONG_IDS] };
-        Self { short: vec![ShortEntry::default(); 1 << SHORT_BITS], long: vec![none; 1 << LONG_BITS] }
+        Self { short: vec![<[ShortEntry; 2]>::default(); 1 << SHORT_BITS], long: vec![none; 1 << LONG_BITS] }
     }
 
     /// Ids of a short piece.
     #[inline]
     pub(super) fn short(&self, key: ShortKey) -> Option<&[u32]> {
-        let entry = &self.short[(key.hash() >> (64 - SHORT_BITS)) as usize];
+        let [recent, older] = &self.short[(key.hash() >> (64 - SHORT_BITS)) as usize];
+        let entry = if recent.key == key { recent } else { older };
         if entry.key == key { entry.ids.get(..entry.count as usize) } else { None }
     }
 
@@ -96,7 +97,8 @@ impl Cache {
         let mut entry = ShortEntry { key, ids: [0; SHORT_IDS], count: ids.len() as u32 };
         if let Some(kept) = entry.ids.get_mut(..ids.len()) {
             kept.copy_from_slice(ids);
-            self.short[(key.hash() >> (64 - SHORT_BITS)) as usize] = entry;
+            let pair = &mut self.short[(key.hash() >> (64 - SHORT_BITS)) as usize];
+            *pair = [entry, pair[0]];
         }
     }
 
@@ -155,15 +157,12 @@ mod tests {
             (0..100_000_u32).map(|number| number.to_le_bytes().repeat(1 + number as usize % 14)).collect();
         for piece in &pieces {
             let ids = [piece[0].into(), piece.len() as u32, 7];
-            match ShortKey::of(piece, 0, piece.len()) {
-                Some(key) => {
-                    cache.keep_short(key, &ids);
-                    assert_eq!(cache.short(key), Some(ids.as_slice()));
-                }
-                None => {
-                    cache.keep_long(piece, &ids);
-                    assert_eq!(cache.long(piece), (piece.len() <= LONG).then_some(ids.as_slice()));
-                }
+            if let Some(key) = ShortKey::of(piece, 0, piece.len()) {
+                cache.keep_short(key, &ids);
+                assert_eq!(cache.short(key), Some(ids.as_slice()));
+            } else {
+                cache.keep_long(piece, &ids);
+                assert_eq!(cache.long(piece), (piece.len() <= LONG).then_some(ids.as_slice()));
             }
         }
         for piece in &pieces {

@@ -80,15 +80,12 @@ impl Words {
         let slots = vec![(ShortKey::default(), 0); size];
         let mut words = Self { slots, mask: size - 1, long: HashMap::new(), longest: 0 };
         for (bytes, id) in tokens {
-            match ShortKey::of(bytes, 0, bytes.len()) {
-                Some(key) => {
-                    let slot = words.slot(key);
-                    words.slots[slot] = (key, *id);
-                }
-                None => {
-                    words.longest = words.longest.max(bytes.len());
-                    words.long.insert(bytes.as_slice().into(), *id);
-                }
+            if let Some(key) = ShortKey::of(bytes, 0, bytes.len()) {
+                let slot = words.slot(key);
+                words.slots[slot] = (key, *id);
+            } else {
+                words.longest = words.longest.max(bytes.len());
+                words.long.insert(bytes.as_slice().into(), *id);
             }
         }
         words

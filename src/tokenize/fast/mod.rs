@@ -111,7 +111,7 @@ impl FastEncoder {
         let mut ids = std::mem::take(&mut scratch.ids);
         ids.clear();
         let whole = self.encode_into(scratch, text, &mut ids);
-        let copy = whole.map(|()| ids.to_vec());
+        let copy = whole.map(|()| ids.as_slice().into());
         scratch.ids = ids;
         copy
     }

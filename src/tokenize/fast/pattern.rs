@@ -104,16 +104,12 @@ impl<const DIGITS: usize> Pattern for Gpt4<DIGITS> {
                 }
             }
         }
-        match classes.at(text, body) {
-            Some((Class::Other, length)) => {
-                let end = run(text, body + length, Class::Other, classes);
-                Some(end + newlines(&text[end..]))
-            }
-            _ => {
-                let space = Space::from(text, start, classes)?;
-                Some(space.after_newline.unwrap_or_else(|| space.piece(text)))
-            }
+        if let Some((Class::Other, length)) = classes.at(text, body) {
+            let end = run(text, body + length, Class::Other, classes);
+            return Some(end + newlines(&text[end..]));
         }
+        let space = Space::from(text, start, classes)?;
+        Some(space.after_newline.unwrap_or_else(|| space.piece(text)))
     }
 }
 
@@ -187,7 +183,7 @@ fn leading_ascii_letters(eight: u64) -> usize {
     const ONES: u64 = 0x0101_0101_0101_0101;
     const HIGH: u64 = 0x80 * ONES;
     // Bytes of seven bits: a sum below 256 reaches the high bit from a limit on.
-    let lower = (eight | 0x20 * ONES) & !HIGH;
+    let lower = (eight | (0x20 * ONES)) & !HIGH;
     let from_a = lower + (0x80 - u64::from(b'a')) * ONES;
     let beyond_z = lower + (0x80 - u64::from(b'z') - 1) * ONES;
     let others = !(from_a & !beyond_z & !eight) & HIGH;
@@ -223,8 +219,9 @@ fn contraction(text: &[u8], start: usize) -> Option<usize> {
 fn contraction_of_any_case(text: &[u8], start: usize) -> Option<usize> {
     let length = match text.get(start..)? {
         [b'\'', b's' | b't' | b'm' | b'd' | b'S' | b'T' | b'M' | b'D', ..] => 2,
-        [b'\'', b'r' | b'v' | b'R' | b'V', b'e' | b'E', ..] | [b'\'', b'l' | b'L', b'l' | b'L', ..] => 3,
-        [b'\'', 0xC5, 0xBF, ..] => 3,
+        [b'\'', b'r' | b'v' | b'R' | b'V', b'e' | b'E', ..]
+        | [b'\'', b'l' | b'L', b'l' | b'L', ..]
+        | [b'\'', 0xC5, 0xBF, ..] => 3,
         _ => return None,
     };
     Some(start + length)
