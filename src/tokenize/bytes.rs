@@ -86,7 +86,7 @@ pub(super) fn char_of_byte(byte: u8) -> char {
 }
 
 /// The inverse of [`char_of_byte`].
-fn byte_of_char(character: char) -> Option<u8> {
+pub(super) fn byte_of_char(character: char) -> Option<u8> {
     match u32::from(character) {
         number @ 0..=0xFF => u8::try_from(number).ok().filter(|&byte| is_own_character(byte)),
         0x100..=0x120 => Some((u32::from(character) - 0x100) as u8),

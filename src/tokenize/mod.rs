@@ -6,6 +6,9 @@
 //! - [`Tokenizer::encode_document`]: what occurs in a document is text, even `<|im_end|>`;
 //! - [`Tokenizer::encode_control`]: for prompt templates, where such names are control tokens.
 //!
+//! Documents are encoded by the crate's own encoder where it gives the library's ids, which is what
+//! [`Tokenizer::prove_fast_path`] makes sure of; [`FastPath`] says so.
+//!
 //! And it knows the bytes behind every id ([`Tokenizer::token_bytes`]), taken from the vocabulary
 //! itself. Rewards compare bytes, and re-encoding decoded text does not give the same tokens back.
 //!
@@ -16,12 +19,14 @@ mod bytes;
 mod chat;
 mod chat_functions;
 mod chat_meter;
+mod fast;
 mod literal;
 mod special;
 mod tokenizer;
 mod train;
 
 pub use chat::{ChatTemplate, Date, Message};
+pub use fast::FastPath;
 pub use special::SpecialTokens;
 pub use tokenizer::Tokenizer;
 pub use train::{BOS, END, THINK, THINK_END, train_byte_level_bpe};

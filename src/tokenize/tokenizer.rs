@@ -3,11 +3,14 @@
 use super::TokenizeError;
 use super::bounds::{check, guarded};
 use super::bytes::{ByteTable, Spelling};
+use super::fast::{FastEncoder, FastPath, NASTY, Refutation};
 use super::literal::{is_control, remove_lossy_settings, without_control_tokens};
 use super::special::SpecialTokens;
 use crate::json::{self, shortened};
+use rayon::prelude::*;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use tokenizers::Tokenizer as Encoder;
 
 /// A Hugging Face tokenizer with the bytes behind its ids.
@@ -21,6 +24,10 @@ pub struct Tokenizer {
     control: Encoder,
     /// Takes control tokens for text.
     literal: Encoder,
+    /// Does the same as `literal`; or what stands in the way.
+    fast: Result<FastEncoder, String>,
+    /// The first text for which it did not, whereupon it is not used any more.
+    refuted: OnceLock<Refutation>,
     bytes: ByteTable,
     /// Token that the tokenizer itself puts before a text, if any.
     prefix: Option<u32>,
@@ -69,11 +76,16 @@ impl Tokenizer {
         let control = encoder(&value).map_err(malformed)?;
         check_added_ids(path, &value, &control)?;
         let bytes = byte_table(&value, &control, spelling).map_err(malformed)?;
-        let mut literal = encoder(&without_control_tokens(value)).map_err(malformed)?;
+        let value = without_control_tokens(value);
+        let mut literal = encoder(&value).map_err(malformed)?;
         literal.set_encode_special_tokens(true);
+        let fast = FastEncoder::new(&value);
         let prefix = prefix.map(|id| known(id, &control)).transpose().map_err(malformed)?;
         let fingerprint = blake3::hash(&json).to_hex().to_string();
-        Ok(Self { path: path.to_owned(), json, fingerprint, control, literal, bytes, prefix })
+        let (path, refuted) = (path.to_owned(), OnceLock::new());
+        let tokenizer = Self { path, json, fingerprint, control, literal, fast, refuted, bytes, prefix };
+        tokenizer.prove_fast_path(NASTY);
+        Ok(tokenizer)
     }
 
     /// Encodes text of a corpus: no token is added, and control tokens that occur are text.
@@ -81,7 +93,47 @@ impl Tokenizer {
     /// # Errors
     /// Fails when the tokenizer's own pattern gives up on the text.
     pub fn encode_document(&self, text: &str) -> Result<Vec<u32>, TokenizeError> {
-        encode(&self.literal, text)
+        match self.encode_fast(text) {
+            Some(ids) => Ok(ids),
+            None => encode(&self.literal, text),
+        }
+    }
+
+    /// [`Self::encode_document`] of several texts, on all threads.
+    pub fn encode_documents(&self, texts: &[&str]) -> Vec<Result<Vec<u32>, TokenizeError>> {
+        texts.par_iter().map(|text| self.encode_document(text)).collect()
+    }
+
+    /// Who encodes documents, and why if it is the library.
+    pub fn fast_path(&self) -> FastPath {
+        match (&self.fast, self.refuted.get()) {
+            (Err(reason), _) => FastPath::Unsupported { reason: reason.clone() },
+            (_, Some(refutation)) => FastPath::Refuted { message: refutation.message.clone() },
+            _ => FastPath::Active,
+        }
+    }
+
+    /// Compares the crate's own encoder with the library, text for text, and gives it up for good
+    /// should one id differ. Its caller is to show the message of [`FastPath::Refuted`].
+    ///
+    /// A few texts of its own are compared whenever a tokenizer is loaded. Texts that the library
+    /// cannot encode prove nothing.
+    pub fn prove_fast_path<'a>(&self, samples: impl IntoIterator<Item = &'a str>) -> FastPath {
+        for text in samples {
+            let Some(fast) = self.encode_fast(text) else { continue };
+            let Ok(library) = encode(&self.literal, text) else { continue };
+            if let Err(refutation) = Refutation::compare(text, &fast, &library) {
+                // Of two threads that find one, the first is heard.
+                let _ = self.refuted.set(refutation);
+            }
+        }
+        self.fast_path()
+    }
+
+    /// None if the library is to encode a text.
+    fn encode_fast(&self, text: &str) -> Option<Vec<u32>> {
+        let fast = self.fast.as_ref().ok().filter(|_| self.refuted.get().is_none())?;
+        fast.encode(text)
     }
 
     /// Encodes text of a prompt template: no token is added, and control tokens are recognised.
@@ -272,4 +324,25 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TokenizeError> {
     });
     written.map_err(TokenizeError::io(&partial))?;
     std::fs::rename(&partial, path).map_err(TokenizeError::io(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenize::train_byte_level_bpe;
+
+    #[test]
+    fn an_encoder_that_differs_is_given_up_with_a_message() {
+        let train = |word: &str| train_byte_level_bpe(std::iter::repeat_n(word.into(), 9), 300).unwrap();
+        let (mut tokenizer, other) = (train("abcabc"), train("bcabca"));
+        let library = encode(&tokenizer.literal, "abcabc").unwrap();
+        assert_eq!(tokenizer.fast_path(), FastPath::Active);
+        assert_eq!(tokenizer.encode_document("abcabc").unwrap(), library);
+        tokenizer.fast = other.fast;
+        assert_ne!(tokenizer.encode_document("abcabc").unwrap(), library);
+        assert_eq!(tokenizer.prove_fast_path(["x", ""]), FastPath::Active);
+        let FastPath::Refuted { message } = tokenizer.prove_fast_path(["x", "abcabc"]) else { panic!() };
+        assert!(message.contains("abcabc") && message.contains("slowly"), "{message}");
+        assert_eq!(tokenizer.encode_document("abcabc").unwrap(), library);
+    }
 }
