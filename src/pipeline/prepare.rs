@@ -9,9 +9,15 @@ use crate::corpus::{Corpus, Unit, generated_recipe};
 use crate::error::Error;
 use crate::model::Decoder;
 use crate::tasks::{Manifest, TaskBuilder, TaskShards, TaskUnits, TasksError};
+use crate::tokenize::FastPath;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+
+/// Units that the encoder is proven on, documents of each, and bytes of each of these.
+const PROOF_UNITS: usize = 8;
+const PROOF_DOCUMENTS: usize = 32;
+const PROOF_BYTES: usize = 1 << 14;
 
 /// One worker's part of the units: those whose number leaves the remainder `index`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,6 +171,7 @@ fn build_units(
     let missing = |unit: &&Unit| unit.number % share.count == share.index && !tasks.is_committed(unit.number);
     let mut missing = units.iter().filter(missing).peekable();
     if missing.peek().is_some() {
+        prove_encoder(run, &corpus, &units);
         let scorers = Scorers::load(run, split, base, &corpus)?;
         missing.try_for_each(|unit| build_unit(run, split, &scorers, &corpus, unit, &tasks))?;
     }
@@ -175,6 +182,27 @@ fn build_units(
     }
     run.log.say(format!("tasks/{}: {}", split.name, state(manifest.as_ref(), &units, &tasks)));
     Ok(manifest)
+}
+
+/// Compares the fast encoder with the library on documents from all over the corpus, and says who encodes.
+fn prove_encoder(run: &Run, corpus: &Corpus, units: &[Unit]) {
+    let chosen = units.iter().step_by(units.len().div_ceil(PROOF_UNITS).max(1));
+    // Units that cannot be read are quarantined when they are built.
+    let documents = chosen.flat_map(|unit| corpus.documents_of(unit).flatten().take(PROOF_DOCUMENTS));
+    let texts: Vec<String> = documents.map(|document| beginning(document.text)).collect();
+    match run.vocabulary.tokenizer.prove_fast_path(texts.iter().map(String::as_str)) {
+        FastPath::Active => {}
+        FastPath::Refuted { message } => run.log.warn(message),
+        FastPath::Unsupported { reason } => {
+            run.log.say(format!("the tokenizers library encodes the corpus, slowly: {reason}"));
+        }
+    }
+}
+
+/// The first bytes of a text, whole characters.
+fn beginning(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(PROOF_BYTES));
+    text
 }
 
 /// What a proxy reads before a piece.

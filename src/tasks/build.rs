@@ -16,6 +16,8 @@ use std::thread::{self, ScopedJoinHandle};
 const BYTES_PER_BATCH: usize = 1 << 20;
 /// Tokens that the proxy is given at a time; a longer piece is given alone.
 const TOKENS_PER_PROXY_CALL: usize = 1 << 15;
+/// Documents, or pieces, that a thread takes at a time.
+const DOCUMENTS_AT_A_TIME: usize = 8;
 /// Batches that wait between two stages.
 const WAITING: usize = 1;
 
@@ -89,11 +91,14 @@ impl TaskBuilder<'_> {
     /// Tokenizes documents in parallel and cuts them, in order.
     fn cut(&self, batch: &[Document], counts: &mut TaskCounts) -> Result<Vec<Piece>, Error> {
         let cutter = Cutter { tokenizer: self.tokenizer, length: self.settings.max_document_tokens };
-        let cut = |document: &Document| {
-            let mut counts = TaskCounts::new(self.settings.top_k);
-            Ok((cutter.cut(document, &mut counts)?, counts))
+        let cut = |documents: &[Document]| {
+            let (mut counts, mut pieces) = (TaskCounts::new(self.settings.top_k), Vec::new());
+            for document in documents {
+                pieces.extend(cutter.cut(document, &mut counts)?);
+            }
+            Ok((pieces, counts))
         };
-        let cut: Vec<_> = batch.par_iter().map(cut).collect::<Result<_, Error>>()?;
+        let cut: Vec<_> = batch.par_chunks(DOCUMENTS_AT_A_TIME).map(cut).collect::<Result<_, Error>>()?;
         let pieces = cut.into_iter().flat_map(|(pieces, part)| {
             *counts += &part;
             pieces
@@ -123,26 +128,30 @@ impl TaskBuilder<'_> {
         if pieces.is_empty() {
             return Ok(());
         }
-        let scores = self.score(&pieces)?;
-        let select = |(piece, scores): (Piece, Vec<PositionScore>)| {
-            let mut counts = TaskCounts::new(self.settings.top_k);
-            (self.select(piece, &scores, &mut counts), counts)
+        let (scores, longest) = (self.score(&pieces)?, pieces.iter().map(|piece| piece.own).max());
+        let blank = vec![PositionScore::default(); if scores.is_some() { 0 } else { longest.unwrap_or(0) }];
+        let select = |chunk: (usize, Vec<Piece>)| {
+            let (mut counts, first) = (TaskCounts::new(self.settings.top_k), chunk.0 * DOCUMENTS_AT_A_TIME);
+            let choose = |(at, piece): (usize, Piece)| {
+                let scores = scores.as_ref().map_or(&blank[..piece.own], |scores| &scores[first + at]);
+                self.select(piece, scores, &mut counts)
+            };
+            let chosen: Vec<_> = chunk.1.into_iter().enumerate().filter_map(choose).collect();
+            (chosen, counts)
         };
-        let selected: Vec<_> = pieces.into_par_iter().zip(scores).map(select).collect();
-        let documents = selected.into_iter().filter_map(|(document, part)| {
+        let selected: Vec<_> = chunks(pieces).into_par_iter().enumerate().map(select).collect();
+        let documents = selected.into_iter().flat_map(|(documents, part)| {
             *counts += &part;
-            document
+            documents
         });
         // Why the writer stopped is said when it is joined.
         let stopped = |_| TasksError::io(Path::new("task shards"))(std::io::Error::other("writing stopped"));
         Ok(outgoing.send(documents.collect()).map_err(stopped)?)
     }
 
-    /// The scores of each piece's own tokens.
-    fn score(&self, pieces: &[Piece]) -> Result<Vec<Vec<PositionScore>>, Error> {
-        let Some(proxy) = self.proxy else {
-            return Ok(pieces.iter().map(|piece| vec![PositionScore::default(); piece.own]).collect());
-        };
+    /// The scores of each piece's own tokens; nothing without a proxy.
+    fn score(&self, pieces: &[Piece]) -> Result<Option<Vec<Vec<PositionScore>>>, Error> {
+        let Some(proxy) = self.proxy else { return Ok(None) };
         let inputs: Vec<Vec<u32>> =
             pieces.iter().map(|piece| [&self.proxy_header, &piece.tokens[..piece.own]].concat()).collect();
         let mut scores = proxy.score(&inputs, self.settings.top_k)?;
@@ -151,7 +160,7 @@ impl TaskBuilder<'_> {
             check_length("scores", scores.len(), input.len())?;
             scores.drain(..self.proxy_header.len());
         }
-        Ok(scores)
+        Ok(Some(scores))
     }
 
     /// Chooses the positions of a scored piece.
@@ -181,6 +190,15 @@ impl TaskBuilder<'_> {
             tokens.iter().map(|&token| self.tokenizer.token_bytes(token).len() as u32).collect();
         Some(TaskDocument { id, tokens, byte_lengths, ends_document, positions })
     }
+}
+
+/// Pieces in chunks of [`DOCUMENTS_AT_A_TIME`].
+fn chunks(pieces: Vec<Piece>) -> Vec<Vec<Piece>> {
+    let mut pieces = pieces.into_iter();
+    let chunk = || {
+        Some(pieces.by_ref().take(DOCUMENTS_AT_A_TIME).collect()).filter(|chunk: &Vec<_>| !chunk.is_empty())
+    };
+    std::iter::from_fn(chunk).collect()
 }
 
 /// Reads documents, about [`BYTES_PER_BATCH`] of text at a time, until they end or nobody wants more.

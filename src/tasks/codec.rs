@@ -37,26 +37,37 @@ pub(super) fn schema(fingerprints: &Fingerprints) -> Schema {
 pub(super) fn encode(schema: &Arc<Schema>, documents: &[TaskDocument]) -> Result<RecordBatch, ArrowError> {
     let ids: StringArray = documents.iter().map(|document| Some(document.id.as_str())).collect();
     let ends: BooleanArray = documents.iter().map(|document| Some(document.ends_document)).collect();
-    let numbers = |of: fn(&TaskDocument) -> Vec<u32>| number_lists(documents, of);
+    let numbers = |of: fn(&TaskDocument) -> &[u32]| number_lists(documents, of);
+    let words = |of: fn(&Position) -> u32| word_lists(documents, of);
     let reals = |of: fn(&Position) -> f32| real_lists(documents, of);
     let columns: Vec<ArrayRef> = vec![
         Arc::new(ids),
         Arc::new(ends),
-        numbers(|document| document.tokens.clone()),
-        numbers(|document| document.byte_lengths.clone()),
-        numbers(|document| document.positions.iter().map(|position| position.index).collect()),
+        numbers(|document| &document.tokens),
+        numbers(|document| &document.byte_lengths),
+        words(|position| position.index),
         reals(|position| position.entropy),
         reals(|position| position.truth_probability),
-        numbers(|document| document.positions.iter().map(|position| position.proxy_top).collect()),
+        words(|position| position.proxy_top),
         label_lists(documents),
     ];
     RecordBatch::try_new(Arc::clone(schema), columns)
 }
 
-fn number_lists(documents: &[TaskDocument], of: fn(&TaskDocument) -> Vec<u32>) -> ArrayRef {
+fn number_lists(documents: &[TaskDocument], of: fn(&TaskDocument) -> &[u32]) -> ArrayRef {
+    let numbers = documents.iter().map(|document| of(document).len()).sum();
+    let mut lists = ListBuilder::new(UInt32Builder::with_capacity(numbers));
+    for document in documents {
+        lists.values().append_slice(of(document));
+        lists.append(true);
+    }
+    Arc::new(lists.finish())
+}
+
+fn word_lists(documents: &[TaskDocument], of: fn(&Position) -> u32) -> ArrayRef {
     let mut lists = ListBuilder::new(UInt32Builder::new());
     for document in documents {
-        lists.values().append_slice(&of(document));
+        document.positions.iter().for_each(|position| lists.values().append_value(of(position)));
         lists.append(true);
     }
     Arc::new(lists.finish())

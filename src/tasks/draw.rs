@@ -7,9 +7,24 @@ pub(super) fn bits(key: &[u64]) -> u64 {
     key.iter().fold(0, |state, &word| mix(state ^ mix(word.wrapping_add(GOLDEN))))
 }
 
-/// A uniform number in [0, 1) for a key.
-pub(super) fn uniform(key: &[u64]) -> f64 {
-    (bits(key) >> 11) as f64 / (1_u64 << 53) as f64
+/// All words of a key but the last: what many draws have in common.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Draws(u64);
+
+impl Draws {
+    pub(super) fn new(key: &[u64]) -> Self {
+        Self(bits(key))
+    }
+
+    /// [`bits`] of the key with its last word.
+    pub(super) fn bits(self, word: u64) -> u64 {
+        mix(self.0 ^ mix(word.wrapping_add(GOLDEN)))
+    }
+
+    /// A uniform number in [0, 1).
+    pub(super) fn uniform(self, word: u64) -> f64 {
+        (self.bits(word) >> 11) as f64 / (1_u64 << 53) as f64
+    }
 }
 
 /// A name as a word of a key.
@@ -92,7 +107,8 @@ mod tests {
     fn uniform_numbers_are_uniform() {
         let mut bins = [0_u32; 10];
         for counter in 0..10_000 {
-            bins[(uniform(&[7, counter]) * 10.0) as usize] += 1;
+            bins[(Draws::new(&[7]).uniform(counter) * 10.0) as usize] += 1;
+            assert_eq!(Draws::new(&[7, 8]).bits(counter), bits(&[7, 8, counter]));
         }
         assert!(bins.iter().all(|&count| (900..1100).contains(&count)), "{bins:?}");
     }

@@ -1,6 +1,7 @@
 //! Which positions of a document are worth thinking about.
 
 use super::counts::TaskCounts;
+use super::draw::Draws;
 use super::{Position, PositionScore, draw};
 use crate::config::{Selection, TasksConfig};
 use std::collections::BTreeMap;
@@ -36,11 +37,12 @@ impl Rule<'_> {
     /// Chooses the positions of a piece, ascending, and counts what it leaves.
     pub(super) fn choose(&self, piece: &Scored<'_>, counts: &mut TaskCounts) -> Vec<Position> {
         let document = draw::word_of(piece.id);
+        let share = Draws::new(&[self.seed, RANDOM_SHARE, document]);
         let (mut kept, mut candidates) = (Vec::new(), Vec::new());
         for (score, index) in piece.scores.iter().zip(0_u32..) {
             let is_kept = self.keep_marked && index > 0 && piece.marks.contains_key(&index);
             // Evaluated for marked positions too, because it counts the entropy.
-            let reason = self.refusal(document, index, score, counts);
+            let reason = self.refusal(share, index, score, counts);
             match reason {
                 _ if is_kept && score.entropy.is_finite() => kept.push(index),
                 None => candidates.push(index),
@@ -61,7 +63,7 @@ impl Rule<'_> {
     /// The counter of the reason why a token is no candidate, if there is a reason.
     fn refusal<'c>(
         &self,
-        document: u64,
+        share: Draws,
         index: u32,
         score: &PositionScore,
         counts: &'c mut TaskCounts,
@@ -89,7 +91,9 @@ impl Rule<'_> {
             Selection::LossGap if score.loss_gap().is_nan() || score.loss_gap() < settings.min_loss_gap => {
                 Some(&mut dropped.tokens_below_min_loss_gap)
             }
-            Selection::Random if !self.is_drawn(document, index) => Some(&mut dropped.tokens_not_drawn),
+            Selection::Random if share.uniform(u64::from(index)) >= f64::from(settings.random_share) => {
+                Some(&mut dropped.tokens_not_drawn)
+            }
             _ => None,
         }
     }
@@ -145,11 +149,6 @@ impl Rule<'_> {
     fn tier_name(&self, score: &PositionScore) -> String {
         let (tier, bounds) = (self.tier(score), self.settings.tiers.len());
         if bounds + 1 == TIERS.len() { TIERS[tier].to_owned() } else { format!("tier {}", tier + 1) }
-    }
-
-    fn is_drawn(&self, document: u64, index: u32) -> bool {
-        let key = [self.seed, RANDOM_SHARE, document, u64::from(index)];
-        draw::uniform(&key) < f64::from(self.settings.random_share)
     }
 }
 
