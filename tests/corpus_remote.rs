@@ -182,7 +182,7 @@ fn parquet(seed: usize, count: usize) -> Vec<u8> {
 fn text(seed: usize, most: usize) -> String {
     let mut text = String::new();
     let mut next = blake3::hash(&seed.to_le_bytes());
-    for _ in 0..1 + (seed * 7919) % (most / 64) {
+    for _ in 0..=(seed * 7919) % (most / 64) {
         write!(text, "{}", next.to_hex()).unwrap();
         next = blake3::hash(next.as_bytes());
     }
@@ -201,8 +201,14 @@ fn gzip(content: &str) -> Vec<u8> {
 }
 
 /// The same but for where the files are.
-fn assert_same(remote: Outcome, local: Outcome) {
+fn assert_same(remote: &Outcome, local: Outcome) {
     assert_eq!(remote.error, "");
+    assert!(remote.documents == local.documents, "the documents differ");
+    let remote = Outcome {
+        documents: Vec::new(),
+        ..serde_json::from_value(serde_json::to_value(remote).unwrap()).unwrap()
+    };
+    let local = Outcome { documents: Vec::new(), ..local };
     assert_eq!(remote, Outcome { files: remote.files.clone(), ..local });
 }
 
@@ -221,12 +227,12 @@ fn documents_and_fingerprint_are_those_of_the_local_files() {
         let files: Vec<_> =
             files.map(|file| format!("s3://bucket/data/{}", file.trim_start_matches('/'))).collect();
         assert_eq!(remote.files, files);
-        assert_same(remote, local);
+        assert_same(&remote, local);
     }
     let web = format!("{}/bucket/data/b.parquet", place.store.endpoint());
-    assert_same(place.remote(&web), place.local("b.parquet"));
+    assert_same(&place.remote(&web), place.local("b.parquet"));
     assert_same(
-        place.remote(&format!("{}/bucket/data/a/deep%2Fer.parquet", place.store.endpoint())),
+        &place.remote(&format!("{}/bucket/data/a/deep/%65r.parquet", place.store.endpoint())),
         place.local("a/deep/er.parquet"),
     );
 }
@@ -244,7 +250,7 @@ fn only_footers_and_needed_columns_are_asked_for_in_blocks() {
     let length = content.len();
     place.put("wide/w.parquet", content);
     place.store.requests();
-    assert_same(place.remote("s3://bucket/data/wide"), place.local("wide"));
+    assert_same(&place.remote("s3://bucket/data/wide"), place.local("wide"));
     let requests = place.store.requests();
     let ranges: Vec<_> = requests.iter().filter_map(server::Request::range).collect();
     assert!(ranges.iter().all(|range| range.len() <= 4 << 20), "{ranges:?}");
@@ -273,7 +279,7 @@ fn what_goes_wrong_on_the_way_is_tried_again() {
         place.store.fail(if index % 2 == 0 { "b.parquet" } else { "d.jsonl.gz" }, *fault);
     }
     place.store.fail("data/", Fault::Status(502));
-    assert_same(place.remote("s3://bucket/data"), local);
+    assert_same(&place.remote("s3://bucket/data"), local);
     assert_eq!(place.store.faults_left(), 0, "every fault was met");
 }
 
@@ -310,10 +316,9 @@ fn what_does_not_pass_is_named_and_secrets_are_not() {
         (Fault::Whole, "does not serve parts"),
         (Fault::Changed, "has changed since it was listed"),
     ] {
-        place.store.forget_faults();
         place.store.fail("data/a.parquet", fault);
-        fails("s3://bucket/data/[a].parquet", &[words]);
-        place.store.forget_faults();
+        fails("s3://bucket/data/[a].parquet", &["s3://bucket/data/a.parquet", words]);
+        assert_eq!(place.store.faults_left(), 0);
     }
 }
 
@@ -337,7 +342,7 @@ fn no_manifest_of_a_run_holds_a_secret() {
     });
     assert!(seen > 5, "only {seen} files");
     let shown = stdout(&place.rpt(&["inspect", "s3://bucket/data/run", "--json"]));
-    assert!(shown.contains("\"documents\": 12"), "{shown}");
+    assert!(shown.contains("\"documents\":12"), "{shown}");
 }
 
 fn each_file(directory: &Path, visit: &mut dyn FnMut(&[u8])) {

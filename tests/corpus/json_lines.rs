@@ -20,9 +20,8 @@ fn zstd(content: &[u8]) -> Vec<u8> {
 }
 
 fn lines(name: &str, count: usize) -> String {
-    (0..count)
-        .map(|index| format!("{{\"n\": [1, {{}}], \"text\": \"{name} {index} \\u00e9\\n\"}}\n"))
-        .collect()
+    let line = |index: usize| format!("{{\"n\": [1, {{}}], \"text\": \"{name} {index} \\u00e9\\n\"}}\n");
+    (0..count).map(line).collect()
 }
 
 fn documents(name: &str, count: usize) -> Vec<String> {
@@ -131,7 +130,7 @@ fn reading_lines_restarts_at_every_document() {
     }
     let corpus = Corpus::open(&config(directory.path())).unwrap();
     let all: Vec<_> = corpus.documents().map(Result::unwrap).collect();
-    assert_eq!(all.len(), 399 - 10 + 9 + 10);
+    assert_eq!(all.len(), 399 + 9);
     let mut stream = corpus.documents();
     for (index, expected) in all.iter().enumerate() {
         let mut restarted = corpus.documents_from(stream.cursor());

@@ -87,11 +87,9 @@ impl Ahead {
         }
         let mut state = self.0.state();
         state.forget_before(at);
-        loop {
-            let Some((start, block)) = state.blocks.range_mut(..=at).next_back() else { break };
-            if !block.range.contains(&at) {
-                break;
-            }
+        while let Some((start, block)) = state.blocks.range(..=at).next_back()
+            && block.range.contains(&at)
+        {
             match &block.content {
                 Some(Ok(content)) => {
                     let first = (at - block.range.start) as usize;
@@ -228,8 +226,8 @@ mod tests {
         );
         let tail = LENGTH - 100..LENGTH;
         assert_eq!(ahead.read(tail.clone()).unwrap(), content(&tail), "nothing was announced");
-        let (now, next) = ([10..8 * BLOCK, 9 * BLOCK + 1..11 * BLOCK], [12 * BLOCK..LENGTH]);
-        ahead.expect(&now, &next);
+        let (now, next) = ([10..8 * BLOCK, 9 * BLOCK + 1..11 * BLOCK], 12 * BLOCK..LENGTH);
+        ahead.expect(&now, std::slice::from_ref(&next));
         let mut at = [now[0].start, now[1].start];
         while at[0] < now[0].end {
             for (range, at) in now.iter().zip(&mut at) {
@@ -239,8 +237,8 @@ mod tests {
                 assert!(ahead.0.state().held() <= HELD + 2 * BLOCK);
             }
         }
-        ahead.expect(&next, &[]);
-        let long = next[0].start..next[0].start + 3 * BLOCK;
+        ahead.expect(std::slice::from_ref(&next), &[]);
+        let long = next.start..next.start + 3 * BLOCK;
         assert_eq!(ahead.read(long.clone()).unwrap(), content(&long));
         assert!(fetched.load(SeqCst) < LENGTH + 4 * BLOCK, "blocks are fetched once");
     }

@@ -100,7 +100,7 @@ pub(super) fn resolve(source: &str) -> Result<Vec<SourceFile>, CorpusError> {
     listed.sort_by(|a, b| a.key.split('/').cmp(b.key.split('/')));
     let file = |Listed { key, length, tag }: Listed| SourceFile {
         path: PathBuf::from(format!("{}{key}", address.root)),
-        name: key.get(base..).unwrap_or_default().to_owned(),
+        name: store.name(key.get(base..).unwrap_or_default()),
         place: Place::Remote(RemoteObject { store: store.clone(), key, length, tag }),
     };
     Ok(listed.into_iter().map(file).collect())

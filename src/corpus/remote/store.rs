@@ -117,6 +117,14 @@ impl Store {
         Ok(bytes)
     }
 
+    /// A part of a key as people write it.
+    pub(super) fn name(&self, part: &str) -> String {
+        if !self.web {
+            return part.into();
+        }
+        Path::from_url_path(part).map_or_else(|_| part.into(), |path| path.to_string())
+    }
+
     /// Keys of web servers are addresses, in which characters may be encoded.
     fn path(&self, key: &str) -> Result<Path, StoreError> {
         let path = if self.web { Path::from_url_path(key) } else { Path::parse(key) };

@@ -227,7 +227,7 @@ fn header<'r>(response: &'r Response<Body>, name: &str) -> Option<&'r str> {
 
 /// An address without its query.
 fn shown(uri: &Uri) -> String {
-    let host = uri.authority().map(|authority| authority.as_str()).unwrap_or_default();
+    let host = uri.authority().map(ureq::http::uri::Authority::as_str).unwrap_or_default();
     let host = host.rsplit('@').next().unwrap_or_default();
     format!("{}://{host}{}", uri.scheme_str().unwrap_or_default(), uri.path())
 }
