@@ -54,18 +54,19 @@ pub struct Pipeline {
     pub run: RunConfig,
 }
 
-/// `[corpus]`: unlabeled parquet text.
+/// `[corpus]`: unlabeled text in parquet files or JSON lines.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CorpusConfig {
-    /// A parquet file, a directory of them, a glob, a directory with a `corpus.toml` that describes
-    /// a generated corpus, or a dataset of the Hugging Face Hub:
+    /// A parquet or JSON-lines file, a directory of them, a glob, a directory with a `corpus.toml` that
+    /// describes a generated corpus, a place in a store (`s3://bucket/prefix`, `gs://`, `az://`,
+    /// `https://host/file.parquet`), or a dataset of the Hugging Face Hub:
     /// `hf://datasets/owner/name[@revision][/files]`.
     pub source: String,
-    /// Column that holds the text (string or large-string type).
+    /// Column or key that holds the text, or a path to it with dots between the names of structs.
     #[serde(default = "default_text_column")]
     pub text_column: String,
-    /// Column that holds a document's name; without it `file:row` is used.
+    /// Column or key that holds a document's name; without it `file:row` is used.
     #[serde(default)]
     pub id_column: Option<String>,
     /// Files or row groups that may be quarantined before the run stops.

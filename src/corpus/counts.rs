@@ -13,6 +13,18 @@ const LISTED: usize = 16;
 pub(super) const NULL_TEXT: &str = "null_text";
 /// Rows dropped because their text has fewer bytes than `min_bytes`.
 pub(super) const TOO_SHORT: &str = "too_short";
+/// Lines dropped because they are not a JSON object.
+pub(super) const BAD_JSON: &str = "bad_json";
+/// Lines dropped because they are empty.
+pub(super) const BLANK_LINE: &str = "blank_line";
+/// Lines dropped because no reader should have to hold them.
+pub(super) const LONG_LINE: &str = "line_too_long";
+/// Lines dropped because they are not UTF-8.
+pub(super) const NOT_UTF8: &str = "not_utf8";
+/// Lines dropped because they lack the key of the text.
+pub(super) const NO_TEXT: &str = "no_text";
+/// Lines dropped because their text is a number, a list or the like.
+pub(super) const TEXT_NOT_STRING: &str = "text_not_string";
 /// Marks dropped because they are null or do not point into their text at a character boundary.
 pub(super) const BAD_MARK: &str = "mark_outside_text";
 

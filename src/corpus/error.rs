@@ -1,5 +1,6 @@
 //! What can go wrong with a corpus, and what to do about it.
 
+use super::source::Format;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -22,11 +23,27 @@ pub enum CorpusError {
         /// An existing path with nearly the same name.
         nearest: Option<PathBuf>,
     },
-    /// The source is on a store that cannot be read directly.
+    /// The source is in a store that this build cannot read.
     #[error("corpus source {place} is not a local path")]
     Remote {
-        /// The source as it was given.
+        /// The source, without what may be secret.
         place: String,
+    },
+    /// The address of a source cannot be used as it is.
+    #[error("corpus source {place} {message}")]
+    Address {
+        /// The source, without what may be secret.
+        place: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A store did not give what was asked of it.
+    #[error("{place}: {message}")]
+    Store {
+        /// Address of the source or the file.
+        place: String,
+        /// What the store, or the network, said.
+        message: String,
     },
     /// The source looks like a glob but is not a valid one.
     #[error("corpus source {place} is not a valid glob: {message}")]
@@ -36,8 +53,8 @@ pub enum CorpusError {
         /// What is wrong with it.
         message: String,
     },
-    /// The source exists but there is no parquet file in it.
-    #[error("corpus source {place} holds no parquet file")]
+    /// The source exists but there is no file of a corpus in it.
+    #[error("corpus source {place} holds no parquet or JSON-lines file")]
     NoFiles {
         /// The source as it was given.
         place: String,
@@ -50,8 +67,8 @@ pub enum CorpusError {
         /// What was dropped, by name.
         dropped: String,
     },
-    /// A parquet file cannot be opened or decoded.
-    #[error("{file} is not a readable parquet file: {reason}")]
+    /// A file cannot be opened or decoded.
+    #[error("{file} is not a readable {} file: {reason}", kind(file))]
     Unreadable {
         /// The file.
         file: PathBuf,
@@ -118,6 +135,13 @@ pub enum CorpusError {
     },
 }
 
+#[cfg(not(feature = "remote"))]
+const REMOTE_HINT: &str = "build with `cargo build --release --features remote` to read s3://, gs://, az:// and https://, \
+                           or copy the files to a local directory; the Hugging Face Hub is hf://datasets/owner/name";
+#[cfg(feature = "remote")]
+const REMOTE_HINT: &str =
+    "stores are s3://, gs://, az:// and https://; the Hugging Face Hub is hf://datasets/owner/name";
+
 impl CorpusError {
     /// Advice for the user, if there is any.
     pub fn hint(&self) -> Option<String> {
@@ -126,19 +150,30 @@ impl CorpusError {
                 "check that the path exists, its permissions and the free space".into()
             }
             Self::Missing { nearest: Some(path), .. } => format!("did you mean {}?", path.display()),
-            Self::Missing { .. } => "give a parquet file, a directory of them, or a glob in quotes".into(),
-            Self::Remote { .. } => {
-                "copy the files to a local or mounted directory and name that; of other stores only the Hugging Face Hub is \
-                 known (hf://datasets/owner/name)"
+            Self::Missing { .. } => {
+                "give a parquet or JSON-lines file, a directory of them, or a glob in quotes".into()
+            }
+            Self::Remote { .. } => REMOTE_HINT.into(),
+            Self::Address { .. } => {
+                "credentials belong into the environment; addresses are s3://bucket/prefix, gs://bucket/prefix, \
+                 az://container/prefix and https://host/file.parquet"
                     .into()
-            },
+            }
+            Self::Store { .. } => {
+                "check the address, the credentials and AWS_ENDPOINT_URL, AWS_REGION or their like in the environment; \
+                 public buckets are read with AWS_SKIP_SIGNATURE=true (GOOGLE_, AZURE_ as well)"
+                    .into()
+            }
             Self::Pattern { .. } => "a glob looks like data/**/*.parquet".into(),
             Self::NoFiles { .. } => {
-                "directories are searched recursively for names that end in .parquet and do not start with a dot"
+                "directories are searched recursively for names that end in .parquet or .jsonl (also .gz, .zst) and do \
+                 not start with a dot"
                     .into()
             }
             Self::Empty { .. } => "check corpus.text_column and corpus.min_bytes".into(),
-            Self::Unreadable { .. } => "the file may be cut off or not parquet: write or copy it again".into(),
+            Self::Unreadable { .. } => {
+                "the file may be cut off or of another format than its name says: write or copy it again".into()
+            }
             Self::NoColumn { column, columns, .. } => column_hint(column, columns),
             Self::WrongType { .. } => "name another column, or write this one with the expected type".into(),
             Self::TooManyQuarantined { .. } => {
@@ -174,4 +209,36 @@ pub(super) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>)
         .filter(|(likeness, _)| *likeness > ALIKE)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, candidate)| candidate)
+}
+
+/// What a file should be, by its name.
+fn kind(file: &Path) -> &'static str {
+    match Format::of(&file.to_string_lossy()) {
+        Some(Format::Lines(_)) => "JSON-lines",
+        Some(Format::Parquet) | None => "parquet",
+    }
+}
+
+/// An address without user name, password, query and fragment: any of them may be secret.
+pub(super) fn without_secrets(address: &str) -> String {
+    let address = address.split(['?', '#']).next().unwrap_or_default();
+    let Some((scheme, rest)) = address.split_once("://") else { return address.into() };
+    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = host.rsplit('@').next().unwrap_or_default();
+    format!("{scheme}://{host}{path}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_shown_without_what_may_be_secret() {
+        for address in
+            ["https://u:secret@host/a?sig=secret#secret", "https://host/a?secret", "https://secret@host/a"]
+        {
+            assert_eq!(without_secrets(address), "https://host/a");
+        }
+        assert_eq!(without_secrets("s3://bucket/a@b/c"), "s3://bucket/a@b/c");
+    }
 }

@@ -1,20 +1,34 @@
-//! Unlabeled text from parquet files, streamed with bounded memory.
+//! Unlabeled text from parquet and JSON-lines files, streamed with bounded memory.
 //!
-//! [`Corpus::open`] resolves a source (a file, a directory, a glob) to a stable list of parquet
-//! files and checks the columns. [`Corpus::documents`] streams them, one record batch at a time;
-//! its [`Cursor`] restarts the stream exactly after any document. Damaged files and row groups are
-//! quarantined and counted, never fatal until there are too many. [`read_traces`] reads worked
+//! [`Corpus::open`] resolves a source (a file, a directory, a glob; with the cargo feature `remote` also
+//! in an object store or on a web server) to a stable list of files and checks the columns.
+//! [`Corpus::documents`] streams them, one record batch at a time; its [`Cursor`] restarts the stream
+//! exactly after any document. Damaged files and row groups are quarantined and counted, never fatal
+//! until there are too many; every row before the damage is delivered. [`read_traces`] reads worked
 //! examples, and [`generated`] makes the quickstart corpus.
 //!
-//! Page checksums are not verified, so damage that still decodes to valid UTF-8 cannot be noticed.
+//! A file is a `Shard` over a `Blob` of bytes. What a parquet file claims
+//! of itself is checked before the parquet crate sees it: the footer in `footer.rs`, page headers and
+//! decompressed pages in `pages.rs`. Damage in a page without a checksum that still decodes to valid
+//! UTF-8 cannot be noticed.
 
+mod blob;
 mod columns;
 mod counts;
 mod error;
+mod footer;
 pub mod generated;
+mod guard;
+mod json_fields;
+mod json_lines;
+mod pages;
 mod reader;
+#[cfg(feature = "remote")]
+mod remote;
+mod row_groups;
 mod shard;
 mod source;
+mod thrift;
 mod traces;
 mod units;
 

@@ -1,19 +1,19 @@
 //! The corpus and its stream of documents.
 
 use super::Document;
+use super::blob::Blob;
 use super::columns::{Columns, Rows};
-use super::counts::{CorpusCounts, NULL_TEXT, Quarantined, TOO_SHORT};
+use super::counts::{CorpusCounts, Quarantined, TOO_SHORT};
 use super::error::CorpusError;
-use super::shard::{BATCH_ROWS, Batches, Shard};
-use super::source::{SourceFile, resolve};
+use super::shard::{Batches, Shard};
+use super::source::{Format, SourceFile, resolve};
 use crate::config::CorpusConfig;
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-/// A corpus: parquet files in a fixed order, with their columns checked. Cheap to clone.
+/// A corpus: parquet and JSON-lines files in a fixed order, with their columns checked. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Corpus {
     config: Arc<CorpusConfig>,
@@ -24,14 +24,17 @@ impl Corpus {
     /// Resolves `config.source` and checks the columns of the first file with a readable footer.
     ///
     /// # Errors
-    /// The source does not exist, is not local or holds no parquet file; no file is readable; the
-    /// text or id column is missing or of another type.
+    /// The source does not exist, cannot be reached or holds no file of a corpus; no file is readable;
+    /// the text or id column is missing or of another type.
     pub fn open(config: &CorpusConfig) -> Result<Self, CorpusError> {
         let corpus = Self { config: Arc::new(config.clone()), files: resolve(&config.source)?.into() };
         let mut unreadable = None;
         for file in corpus.files.iter() {
-            match Shard::open(&file.path) {
-                Ok(shard) => return corpus.columns(&shard, &file.path).map(|_| corpus),
+            match Shard::open(file) {
+                Ok(shard) => {
+                    let columns = corpus.columns(&shard, &file.path)?;
+                    return shard.check(&file.path, &columns).map(|()| corpus);
+                }
                 Err(reason) => {
                     unreadable.get_or_insert(CorpusError::Unreadable { file: file.path.clone(), reason });
                 }
@@ -40,20 +43,21 @@ impl Corpus {
         Err(unreadable.unwrap_or_else(|| CorpusError::NoFiles { place: config.source.clone() }))
     }
 
-    /// The files, in reading order.
+    /// The files, in reading order; of those in a store, their addresses.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|file| file.path.as_path())
     }
 
-    /// Digest of the files' names, lengths and footers: a cursor belongs to a corpus with the same one.
+    /// Digest of the files' names, lengths and footers (of JSON lines: beginnings and ends): a cursor
+    /// belongs to a corpus with the same one, wherever it lies.
     ///
     /// # Errors
     /// A file cannot be read.
     pub fn fingerprint(&self) -> Result<String, CorpusError> {
         let mut hasher = blake3::Hasher::new();
         for file in self.files.iter() {
-            let (length, end) = ending(&file.path).map_err(CorpusError::io(&file.path))?;
-            hasher.update(file.name.as_bytes()).update(&[0]).update(&length.to_le_bytes()).update(&end);
+            let (length, margins) = margins(file).map_err(CorpusError::io(&file.path))?;
+            hasher.update(file.name.as_bytes()).update(&[0]).update(&length.to_le_bytes()).update(&margins);
         }
         Ok(hasher.finalize().to_hex().to_string())
     }
@@ -75,9 +79,9 @@ impl Corpus {
         self.config.max_documents
     }
 
-    /// The files' names below the source, in reading order.
-    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.files.iter().map(|file| file.name.as_str())
+    /// The files, in reading order.
+    pub(super) fn source_files(&self) -> &[SourceFile] {
+        &self.files
     }
 
     /// A stream of the documents after a cursor: exactly those that the stream that gave the cursor
@@ -98,19 +102,14 @@ impl Corpus {
     }
 
     pub(super) fn columns(&self, shard: &Shard, path: &Path) -> Result<Columns, CorpusError> {
-        Columns::find(shard.schema(), path, &self.config.text_column, self.config.id_column.as_deref())
+        shard.columns(path, &self.config.text_column, self.config.id_column.as_deref())
     }
 }
 
-/// Length of a file and its last bytes, where parquet keeps sizes, offsets and statistics.
-fn ending(path: &Path) -> io::Result<(u64, Vec<u8>)> {
-    const BYTES: u64 = 64 * 1024;
-    let mut file = File::open(path)?;
-    let length = file.metadata()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(BYTES)))?;
-    let mut end = Vec::new();
-    file.take(BYTES).read_to_end(&mut end)?;
-    Ok((length, end))
+/// Length of a file and the bytes that tell it from others of its name and length.
+fn margins(file: &SourceFile) -> io::Result<(u64, Vec<u8>)> {
+    let blob = Blob::open(file)?;
+    Ok((blob.length(), blob.margins(file.format() != Format::Parquet)?))
 }
 
 /// The start of a row group.
@@ -157,7 +156,8 @@ impl Cursor {
     }
 }
 
-/// The stream of documents. Memory: the footer of one file and one record batch of 256 rows.
+/// The stream of documents. Memory: the footer of one file and one record batch, of 256 rows or about
+/// 8 MiB; of a file in a store also 64 MiB that were fetched ahead.
 ///
 /// Ends after the first error. An unreadable file or row group is quarantined and passed over; what
 /// it had delivered before the damage was met stays delivered ([`Quarantined::rows_read`]).
@@ -217,9 +217,9 @@ impl Documents {
             let row = self.cursor.row;
             self.cursor.row += 1;
             match rows.text(row) {
-                None => self.counts.drop_one(NULL_TEXT),
-                Some(text) if text.len() < self.corpus.config.min_bytes => self.counts.drop_one(TOO_SHORT),
-                Some(text) => {
+                Err(reason) => self.counts.drop_one(reason),
+                Ok(text) if text.len() < self.corpus.config.min_bytes => self.counts.drop_one(TOO_SHORT),
+                Ok(text) => {
                     let id = rows.id(row).map_or_else(|| self.default_id(row), str::to_owned);
                     let marks = rows.marks(row, text, &mut self.counts);
                     self.counts.documents += 1;
@@ -248,15 +248,14 @@ impl Documents {
             return Ok(());
         }
         let Some(batches) = &mut self.batches else {
-            // Batches start at the same rows after a restart, so that damage in a batch costs the same rows.
-            let offset = self.cursor.row - self.cursor.row % BATCH_ROWS;
-            let opened = shard.batches(self.cursor.row_group, &columns.roots, offset);
+            let opened = shard.batches(self.cursor.row_group, columns, self.cursor.row);
             self.batches = Some(opened.map_err(Damage::RowGroup)?);
             self.first_row = shard.first_row(self.cursor.row_group);
             return Ok(());
         };
-        if let Some((start, batch)) = batches.advance().map_err(Damage::RowGroup)? {
-            self.rows = Some(columns.rows(start, &batch).map_err(Damage::RowGroup)?);
+        let rows = shard.advance(self.cursor.row_group, columns, batches).map_err(Damage::RowGroup)?;
+        if rows.is_some() {
+            self.rows = rows;
         } else {
             self.counts.row_groups += 1;
             self.batches = None;
@@ -266,9 +265,9 @@ impl Documents {
     }
 
     fn open_file(&mut self) -> Result<(), String> {
-        let path = &self.corpus.files[self.cursor.file].path;
-        let shard = Shard::open(path)?;
-        let columns = self.corpus.columns(&shard, path).map_err(|error| error.to_string())?;
+        let file = &self.corpus.files[self.cursor.file];
+        let shard = Shard::open(file)?;
+        let columns = self.corpus.columns(&shard, &file.path).map_err(|error| error.to_string())?;
         self.shard = Some((shard, columns));
         // A file that several units read is counted by the first.
         self.counts.files += u64::from(self.cursor.row_group == 0);

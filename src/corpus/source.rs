@@ -1,22 +1,80 @@
-//! From the `source` of a pipeline file to a stable list of parquet files.
+//! From the `source` of a pipeline file to a stable list of files.
 
 use super::error::{CorpusError, nearest};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// Endings that directories are searched for, and what they say about a file.
+const ENDINGS: [(&str, Format); 9] = [
+    (".parquet", Format::Parquet),
+    (".jsonl", Format::Lines(Compression::None)),
+    (".jsonl.gz", Format::Lines(Compression::Gzip)),
+    (".jsonl.zst", Format::Lines(Compression::Zstd)),
+    (".ndjson", Format::Lines(Compression::None)),
+    (".ndjson.gz", Format::Lines(Compression::Gzip)),
+    (".ndjson.zst", Format::Lines(Compression::Zstd)),
+    (".json.gz", Format::Lines(Compression::Gzip)),
+    (".json.zst", Format::Lines(Compression::Zstd)),
+];
+
+/// How a file holds its documents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Format {
+    Parquet,
+    /// A JSON object on each line.
+    Lines(Compression),
+}
+
+/// How a file of lines is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Compression {
+    None,
+    Gzip,
+    Zstd,
+}
+
+impl Format {
+    /// What the ending of a name says.
+    pub(super) fn of(name: &str) -> Option<Self> {
+        ENDINGS.iter().find(|(ending, _)| name.ends_with(ending)).map(|(_, format)| *format)
+    }
+}
+
 /// One file of a corpus.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(super) struct SourceFile {
-    /// Where it is.
+    /// Where it is: a path, or the address in a store.
     pub(super) path: PathBuf,
     /// Its name below the source, with `/` between directories: the same wherever the corpus lies.
     pub(super) name: String,
+    /// What its bytes are read from.
+    pub(super) place: Place,
+}
+
+/// What the bytes of a file are read from.
+#[derive(Clone, Debug)]
+pub(super) enum Place {
+    /// The file system.
+    Local,
+    /// A store.
+    #[cfg(feature = "remote")]
+    Remote(super::remote::RemoteObject),
+}
+
+impl SourceFile {
+    /// A file that is named explicitly may have any ending: it is parquet, unless that is `.json`.
+    pub(super) fn format(&self) -> Format {
+        let json = Path::new(&self.name).extension().is_some_and(|extension| extension == "json");
+        let other = if json { Format::Lines(Compression::None) } else { Format::Parquet };
+        Format::of(&self.name).unwrap_or(other)
+    }
 }
 
 /// The files of a source, ordered by path.
 ///
-/// An existing file or directory is taken as such; anything else with `*`, `?` or `[` is a glob.
+/// An existing file or directory is taken as such; anything else with `*`, `?` or `[` is a glob, and
+/// with `://` an address.
 pub(super) fn resolve(source: &str) -> Result<Vec<SourceFile>, CorpusError> {
     let path = Path::new(source);
     let (base, mut paths) = if path.is_file() {
@@ -24,7 +82,7 @@ pub(super) fn resolve(source: &str) -> Result<Vec<SourceFile>, CorpusError> {
     } else if path.is_dir() {
         (path.to_path_buf(), directory(path)?)
     } else if source.contains("://") {
-        return Err(CorpusError::Remote { place: source.into() });
+        return remote(source);
     } else if is_pattern(source) {
         (literal_prefix(path), matches(source)?)
     } else {
@@ -34,10 +92,21 @@ pub(super) fn resolve(source: &str) -> Result<Vec<SourceFile>, CorpusError> {
     if paths.is_empty() {
         return Err(CorpusError::NoFiles { place: source.into() });
     }
-    Ok(paths.into_iter().map(|path| SourceFile { name: name_below(&base, &path), path }).collect())
+    let file = |path: PathBuf| SourceFile { name: name_below(&base, &path), path, place: Place::Local };
+    Ok(paths.into_iter().map(file).collect())
 }
 
-fn is_pattern(text: &str) -> bool {
+#[cfg(feature = "remote")]
+fn remote(source: &str) -> Result<Vec<SourceFile>, CorpusError> {
+    super::remote::resolve(source)
+}
+
+#[cfg(not(feature = "remote"))]
+fn remote(source: &str) -> Result<Vec<SourceFile>, CorpusError> {
+    Err(CorpusError::Remote { place: super::error::without_secrets(source) })
+}
+
+pub(super) fn is_pattern(text: &str) -> bool {
     text.contains(['*', '?', '['])
 }
 
@@ -68,7 +137,7 @@ fn matches(pattern: &str) -> Result<Vec<PathBuf>, CorpusError> {
     Ok(files)
 }
 
-/// Every `*.parquet` below a directory, following links but visiting no directory twice.
+/// Every file of a corpus below a directory, following links but visiting no directory twice.
 fn directory(root: &Path) -> Result<Vec<PathBuf>, CorpusError> {
     let mut files = Vec::new();
     let mut visited = BTreeSet::new();
@@ -79,13 +148,13 @@ fn directory(root: &Path) -> Result<Vec<PathBuf>, CorpusError> {
         }
         for entry in fs::read_dir(&directory).map_err(CorpusError::io(&directory))? {
             let path = entry.map_err(CorpusError::io(&directory))?.path();
-            let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-            if hidden {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if name.starts_with('.') {
                 continue;
             }
             if path.is_dir() {
                 waiting.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "parquet") {
+            } else if Format::of(&name).is_some() {
                 files.push(path);
             }
         }

@@ -3,8 +3,9 @@
 use super::Trace;
 use super::columns::{column, find, fits, integers, is_integer, is_text, strings};
 use super::error::CorpusError;
+use super::row_groups::ParquetFile;
 use super::shard::Shard;
-use super::source::resolve;
+use super::source::{SourceFile, resolve};
 use arrow::array::{Array, Int64Array, RecordBatch, StringArray};
 use std::path::Path;
 
@@ -26,7 +27,7 @@ const LABEL: &str = "label";
 pub fn read_traces(source: &str) -> Result<Vec<Trace>, CorpusError> {
     let mut traces = Vec::new();
     for file in resolve(source)? {
-        read_file(&file.path, &mut traces)?;
+        read_file(&file, &mut traces)?;
     }
     if traces.is_empty() {
         return Err(CorpusError::Empty { place: source.into(), dropped: "there are no traces".into() });
@@ -34,13 +35,16 @@ pub fn read_traces(source: &str) -> Result<Vec<Trace>, CorpusError> {
     Ok(traces)
 }
 
-fn read_file(path: &Path, traces: &mut Vec<Trace>) -> Result<(), CorpusError> {
+fn read_file(file: &SourceFile, traces: &mut Vec<Trace>) -> Result<(), CorpusError> {
+    let path = file.path.as_path();
     let unreadable = |reason| CorpusError::Unreadable { file: path.to_path_buf(), reason };
-    let shard = Shard::open(path).map_err(unreadable)?;
-    let roots = columns(&shard, path)?;
+    let Shard::Parquet(shard) = Shard::open(file).map_err(unreadable)? else {
+        return Err(unreadable("traces are read from parquet alone".into()));
+    };
+    let mask = shard.mask(&columns(&shard, path)?);
     for row_group in 0..shard.row_groups() {
         let first = shard.first_row(row_group);
-        let mut batches = shard.batches(row_group, &roots, 0).map_err(unreadable)?;
+        let mut batches = shard.batches(row_group, &mask, 0, None).map_err(unreadable)?;
         while let Some((start, batch)) = batches.advance().map_err(unreadable)? {
             let rows = Rows::decode(&batch).map_err(unreadable)?;
             for index in 0..batch.num_rows() {
@@ -53,14 +57,14 @@ fn read_file(path: &Path, traces: &mut Vec<Trace>) -> Result<(), CorpusError> {
     Ok(())
 }
 
-fn columns(shard: &Shard, path: &Path) -> Result<Vec<usize>, CorpusError> {
+fn columns(shard: &ParquetFile, path: &Path) -> Result<Vec<Vec<String>>, CorpusError> {
     let text = |name| find(shard.schema(), path, name, is_text, "text (a UTF-8 string)");
     let offset = find(shard.schema(), path, OFFSET, is_integer, "integers")?;
-    let mut roots = vec![text(TEXT)?, offset, text(THOUGHT)?, text(PREDICTION)?];
+    let mut paths = vec![text(TEXT)?, offset, text(THOUGHT)?, text(PREDICTION)?];
     if shard.schema().column_with_name(LABEL).is_some() {
-        roots.push(text(LABEL)?);
+        paths.push(text(LABEL)?);
     }
-    Ok(roots)
+    Ok(paths)
 }
 
 struct Rows {

@@ -2,6 +2,7 @@
 
 use super::reader::{Corpus, Documents, Place};
 use super::shard::Shard;
+use super::source::SourceFile;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -39,8 +40,8 @@ impl Corpus {
         if self.limit().is_some() {
             return vec![whole];
         }
-        let paths: Vec<_> = self.files().collect();
-        let sizes: Vec<Vec<u64>> = paths.par_iter().map(|path| self.row_group_bytes(path)).collect();
+        let sizes: Vec<Vec<u64>> =
+            self.source_files().par_iter().map(|file| self.row_group_bytes(file)).collect();
         let groups = sizes.iter().enumerate().flat_map(|(file, sizes)| {
             sizes.iter().enumerate().map(move |(row_group, size)| (Place { file, row_group }, *size))
         });
@@ -58,11 +59,11 @@ impl Corpus {
     }
 
     /// Bytes of each row group's columns; one of nothing for a file that cannot be read.
-    fn row_group_bytes(&self, path: &std::path::Path) -> Vec<u64> {
+    fn row_group_bytes(&self, file: &SourceFile) -> Vec<u64> {
         let read = || {
-            let shard = Shard::open(path).ok()?;
-            let columns = self.columns(&shard, path).ok()?;
-            Some((0..shard.row_groups()).map(|group| shard.bytes(group, &columns.roots)).collect())
+            let shard = Shard::open(file).ok()?;
+            let columns = self.columns(&shard, &file.path).ok()?;
+            Some((0..shard.row_groups()).map(|group| shard.bytes(group, &columns)).collect())
         };
         read().unwrap_or_else(|| vec![0])
     }
@@ -76,12 +77,17 @@ impl Corpus {
     pub fn sources_of(&self, unit: &Unit) -> Vec<SourceRange> {
         let (Place { file: first, row_group: start }, Place { file: last, row_group: end }) =
             (unit.start, unit.end);
-        let range = |(file, name): (usize, &str)| SourceRange {
-            file: name.to_owned(),
-            first_row_group: if file == first { start } else { 0 },
-            end_row_group: (file == last).then_some(end),
+        let range = |(number, file): (usize, &SourceFile)| SourceRange {
+            file: file.name.clone(),
+            first_row_group: if number == first { start } else { 0 },
+            end_row_group: (number == last).then_some(end),
         };
-        let within = self.names().enumerate().skip(first).take_while(|(file, _)| (*file, 0) < (last, end));
+        let within = self
+            .source_files()
+            .iter()
+            .enumerate()
+            .skip(first)
+            .take_while(|(file, _)| (*file, 0) < (last, end));
         within.map(range).collect()
     }
 }
