@@ -1,6 +1,6 @@
 //! Speed of encoding on one thread, against the `tokenizers` library: `cargo bench --bench tokenize`.
 //!
-//! Prints one line per tokenizer and text with the best of several runs, in megabytes per
+//! Prints one line per tokenizer and text with the median of five runs, in megabytes per
 //! second that the thread works. Texts and tokenizers of `../shared` that are absent are left out.
 #![allow(clippy::print_stdout, clippy::unwrap_used, missing_docs)]
 
@@ -19,18 +19,21 @@ fn worked(since: Instant) -> f64 {
     nanoseconds.map_or_else(|| since.elapsed().as_secs_f64(), |nanoseconds| 1e-9 * nanoseconds)
 }
 
-/// Megabytes per second of the best of some runs.
-fn speed(runs: usize, texts: &[String], encode: impl Fn(&str) -> usize) -> f64 {
+/// Megabytes per second, the median of five runs. Each goes on for half a second, since the clock of a
+/// thread's work may tick 4 ms at a time.
+fn speed(texts: &[String], encode: impl Fn(&str) -> usize) -> f64 {
     let bytes: usize = texts.iter().map(String::len).sum();
     let clock = Instant::now();
-    let seconds = (0..runs)
-        .map(|_| {
-            let start = worked(clock);
+    let mut speeds = [(); 5].map(|()| {
+        let (start, mut passes) = (worked(clock), 0);
+        while worked(clock) - start < 0.5 {
             black_box(texts.iter().map(|text| encode(text)).sum::<usize>());
-            worked(clock) - start
-        })
-        .fold(f64::INFINITY, f64::min);
-    1e-6 * bytes as f64 / seconds
+            passes += 1;
+        }
+        1e-6 * (passes * bytes) as f64 / (worked(clock) - start)
+    });
+    speeds.sort_by(f64::total_cmp);
+    speeds[2]
 }
 
 /// The text column of a shared parquet file, row by row.
@@ -99,8 +102,8 @@ fn compare(name: &str, json: &serde_json::Value, corpora: &[(&str, Vec<String>)]
     println!("{name}: {:?}, loaded in {loaded:.3} s", mine.fast_path());
     for (corpus, texts) in corpora.iter().filter(|(_, texts)| !texts.is_empty()) {
         let megabytes = 1e-6 * texts.iter().map(String::len).sum::<usize>() as f64;
-        let fast = speed(7, texts, |text| mine.encode_document(text).unwrap().len());
-        let slow = speed(2, texts, |text| theirs.encode_fast(text, false).unwrap().get_ids().len());
+        let fast = speed(texts, |text| mine.encode_document(text).unwrap().len());
+        let slow = speed(texts, |text| theirs.encode_fast(text, false).unwrap().get_ids().len());
         println!(
             "  {corpus:<12} {megabytes:>6.1} MB  {fast:>7.1} MB/s  tokenizers {slow:>5.1} MB/s  x{:.0}",
             fast / slow

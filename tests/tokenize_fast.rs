@@ -208,14 +208,19 @@ fn corpus(file: &str) -> Vec<String> {
     reader.get_row_iter(None).unwrap().map(|row| column(&row.unwrap())).collect()
 }
 
+/// The larger corpora by one tokenizer (GPT-2), since the library takes its time.
 #[test]
 fn whole_corpora_have_the_ids_of_the_library() {
-    for file in
-        ["omnimath-train.parquet", "omnimath-valid.parquet", "gsm8k-train.parquet", "tinyshakespeare.parquet"]
-    {
+    let last = pairs().len() - 1;
+    for (file, from) in [
+        ("omnimath-train.parquet", last),
+        ("gsm8k-train.parquet", last),
+        ("omnimath-valid.parquet", 0),
+        ("tinyshakespeare.parquet", 0),
+    ] {
         let texts = corpus(file);
         let borrowed: Vec<&str> = texts.iter().map(String::as_str).collect();
-        for pair in pairs() {
+        for pair in &pairs()[from..] {
             let encoded = pair.mine.encode_documents(&borrowed);
             assert_eq!(encoded.len(), texts.len());
             for (text, ids) in texts.iter().zip(encoded) {
