@@ -21,7 +21,7 @@ use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::properties::{WriterProperties, WriterVersion};
 use parquet::schema::types::ColumnPath;
 use rpt::config::CorpusConfig;
-use rpt::corpus::{Corpus, Cursor, Document};
+use rpt::corpus::{Corpus, Document};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
@@ -67,15 +67,16 @@ enum Fate {
 struct Original {
     name: String,
     text: String,
+    id: String,
     bytes: Vec<u8>,
     documents: Vec<Document>,
 }
 
-fn config(path: &Path, text: &str) -> CorpusConfig {
+fn config(path: &Path, text: &str, id: &str) -> CorpusConfig {
     CorpusConfig {
         source: path.to_str().unwrap().into(),
         text_column: text.into(),
-        id_column: Some("id".into()),
+        id_column: Some(id.into()),
         max_quarantined: 1000,
         min_bytes: 0,
         max_documents: None,
@@ -84,10 +85,10 @@ fn config(path: &Path, text: &str) -> CorpusConfig {
 
 /// Reads a file to its end; sometimes from the middle again, which must go on as before.
 fn fate(path: &Path, original: &Original, restart: Option<usize>) -> Fate {
-    let Ok(corpus) = Corpus::open(&config(path, &original.text)) else { return Fate::Refused };
+    let Ok(corpus) = Corpus::open(&config(path, &original.text, &original.id)) else { return Fate::Refused };
     corpus.fingerprint().unwrap();
     let mut stream = corpus.documents();
-    let (mut documents, mut cursors, mut failed) = (Vec::new(), vec![Cursor::default()], false);
+    let (mut documents, mut failed) = (Vec::new(), false);
     for document in stream.by_ref().take(DOCUMENTS) {
         match document {
             Ok(document) => documents.push(document),
@@ -102,7 +103,6 @@ fn fate(path: &Path, original: &Original, restart: Option<usize>) -> Fate {
         let at = at % documents.len();
         let mut again = corpus.documents();
         again.by_ref().take(at + 1).for_each(drop);
-        cursors.push(again.cursor());
         let rest = corpus.documents_from(again.cursor()).take(DOCUMENTS - at - 1).filter_map(Result::ok);
         assert!(rest.eq(documents[at + 1..].iter().cloned()), "restarted after document {at}");
     }
@@ -171,13 +171,13 @@ fn fuzz(
     assert!(last - first < 1000 || fates.len() >= 3, "the damage is too uniform: {fates:?}");
 }
 
-fn original(name: &str, text: &str, bytes: Vec<u8>) -> Original {
+fn original(name: &str, text: &str, id: &str, bytes: Vec<u8>) -> Original {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join(name);
     fs::write(&path, &bytes).unwrap();
-    let corpus = Corpus::open(&config(&path, text)).unwrap();
+    let corpus = Corpus::open(&config(&path, text, id)).unwrap();
     let documents = corpus.documents().filter_map(Result::ok).collect();
-    Original { name: name.into(), text: text.into(), bytes, documents }
+    Original { name: name.into(), text: text.into(), id: id.into(), bytes, documents }
 }
 
 /// Files of other writers, and of this one with marked positions in every codec.
@@ -186,7 +186,8 @@ fn parquet_files() -> Vec<Original> {
     let expected: serde_json::Value =
         serde_json::from_str(&fs::read_to_string(directory.join("expected.json")).unwrap()).unwrap();
     let read = |(name, columns): (&String, &serde_json::Value)| {
-        original(name, columns["text"].as_str().unwrap(), fs::read(directory.join(name)).unwrap())
+        let column = |key: &str| columns[key].as_str().unwrap();
+        original(name, column("text"), column("id"), fs::read(directory.join(name)).unwrap())
     };
     let mut files: Vec<Original> = expected["files"].as_object().unwrap().iter().map(read).collect();
     let codecs = [
@@ -211,7 +212,7 @@ fn parquet_files() -> Vec<Original> {
             } else {
                 WriterVersion::PARQUET_2_0
             });
-        files.push(original(&format!("marked-{number}.parquet"), "text", marked(properties.build())));
+        files.push(original(&format!("marked-{number}.parquet"), "text", "id", marked(properties.build())));
     }
     files
 }
@@ -365,10 +366,15 @@ fn any_lines_are_read_quarantined_or_refused() {
     let zstd = |content: &[u8]| zstd::encode_all(content, 3).unwrap();
     let (first, second) = plain.split_at(plain.len() / 2);
     let originals = [
-        original("plain.jsonl", "text", plain.clone()),
-        original("gzip.jsonl.gz", "text", [gzip(first), gzip(second)].concat()),
-        original("zstd.jsonl.zst", "text", [zstd(first), zstd(second)].concat()),
-        original("bomb.jsonl.gz", "text", gzip(&[&plain[..], &vec![b' '; 4 << 20], b"\n", &plain].concat())),
+        original("plain.jsonl", "text", "id", plain.clone()),
+        original("gzip.jsonl.gz", "text", "id", [gzip(first), gzip(second)].concat()),
+        original("zstd.jsonl.zst", "text", "id", [zstd(first), zstd(second)].concat()),
+        original(
+            "bomb.jsonl.gz",
+            "text",
+            "id",
+            gzip(&[&plain[..], &vec![b' '; 1 << 19], b"\n", &plain].concat()),
+        ),
     ];
     fuzz("lines", 3000, &originals, |draw, start| {
         let mut bytes = start.bytes.clone();

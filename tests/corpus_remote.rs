@@ -293,6 +293,7 @@ fn what_does_not_pass_is_named_and_secrets_are_not() {
         }
     };
     fails("s3://bucket/nothing/here", &["holds no parquet"]);
+    fails("s3://nobucket/data", &["s3://nobucket/data", "answered 404: NoSuchBucket"]);
     fails("s3://bucket/data/[", &["is not a valid glob"]);
     fails("https://user:secretsessiontoken@host/a.parquet", &["must not carry credentials"]);
     fails("https://host/a.parquet?X-Amz-Signature=AKIDSECRETSECRET", &["must not carry credentials"]);

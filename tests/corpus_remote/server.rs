@@ -80,6 +80,9 @@ impl State {
         }
         let path = request.path.trim_start_matches('/').to_owned();
         if request.query.contains_key("list-type") {
+            if path.starts_with("nobucket") {
+                return Reply::new(404, "<Error><Code>NoSuchBucket</Code></Error>");
+            }
             return self.listing(path.trim_end_matches('/'), &request.query);
         }
         match self.files.get(&path) {

@@ -128,7 +128,7 @@ impl Transport {
                 let code = error_code(response);
                 Err(Ended::Passing(format!("answered {status}{code}"), asked))
             }
-            404 | 412 | 416 => Ok(answer(response, Bytes::new())),
+            404 if !is_listing(&parts.uri) => Ok(answer(response, Bytes::new())),
             200..=299 => complete(response, parts),
             301 | 307 | 308 => {
                 Err(Ended::Final(format!("answered {status}: the region or the endpoint is another")))
@@ -230,6 +230,11 @@ fn shown(uri: &Uri) -> String {
     let host = uri.authority().map(ureq::http::uri::Authority::as_str).unwrap_or_default();
     let host = host.rsplit('@').next().unwrap_or_default();
     format!("{}://{host}{}", uri.scheme_str().unwrap_or_default(), uri.path())
+}
+
+/// Whether a bucket is listed, which is missing itself when there is no answer.
+fn is_listing(uri: &Uri) -> bool {
+    uri.query().is_some_and(|query| query.contains("list-type=") || query.contains("comp=list"))
 }
 
 /// Whether this is the service of a cloud that tells its machines their credentials.
