@@ -339,6 +339,27 @@ fn any_footer_is_read_quarantined_or_refused() {
     });
 }
 
+#[test]
+fn a_schema_that_claims_children_without_number_is_refused_before_memory_is_taken() {
+    let files = parquet_files();
+    let start = files.iter().find(|file| file.name == "pyarrow-none-v1.parquet").unwrap();
+    let (body, footer) = halves(&start.bytes);
+    // The root of the schema: its name, then two children.
+    let root = b"schema\x15\x04";
+    let at = footer.windows(root.len()).position(|window| window == root).unwrap() + root.len() - 1;
+    let footer = [&footer[..at], b"\xfe\xff\xff\xff\x0f", &footer[at + 1..]].concat();
+    let bytes = [body, &footer, &(footer.len() as u32).to_le_bytes()[..], b"PAR1"].concat();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("claims.parquet");
+    fs::write(&path, bytes).unwrap();
+    let alone = locked(&ALONE);
+    let (result, taken) = measure(0, || Corpus::open(&config(&path, "text", "id")));
+    drop(alone);
+    let error = result.unwrap_err().to_string();
+    assert!(error.contains("the schema in its footer is not a tree"), "{error}");
+    assert!(taken.peak < 1_000_000, "{taken:?}");
+}
+
 const SPLINTERS: [&[u8]; 10] = [
     b"{",
     b"}",

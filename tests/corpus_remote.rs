@@ -324,6 +324,19 @@ fn what_does_not_pass_is_named_and_secrets_are_not() {
 }
 
 #[test]
+fn what_a_store_does_not_give_is_not_taken_for_damage() {
+    let place = Place::new();
+    // Two ends of the file go into the fingerprint; what follows is read for its documents.
+    for (fault, word) in [(Fault::Status(403), "answered 403"), (Fault::Changed, "has changed")] {
+        place.store.fail_after(2, "data/d.jsonl.gz", fault);
+        let outcome = place.remote("s3://bucket/data");
+        assert!(outcome.error.contains(word) && outcome.error.contains("d.jsonl.gz"), "{}", outcome.error);
+        assert!(outcome.error.contains("Store"), "{}", outcome.error);
+        assert!(outcome.documents.len() > 1000 && outcome.quarantined.is_empty());
+    }
+}
+
+#[test]
 fn no_manifest_of_a_run_holds_a_secret() {
     let place = Place::new();
     let texts: ArrayRef = Arc::new(StringArray::from_iter_values(command::texts(12)));

@@ -101,18 +101,8 @@ impl<'de> DeserializeSeed<'de> for Value<'_> {
         if self.wanted || self.inner.iter().any(Option::is_some) {
             return deserializer.deserialize_any(self);
         }
-        IgnoredAny::deserialize_ignored(deserializer)?;
+        deserializer.deserialize_ignored_any(IgnoredAny)?;
         Ok(Found::default())
-    }
-}
-
-trait Ignored: Sized {
-    fn deserialize_ignored<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error>;
-}
-
-impl Ignored for IgnoredAny {
-    fn deserialize_ignored<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_ignored_any(Self).map(drop)
     }
 }
 

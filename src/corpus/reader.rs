@@ -30,17 +30,23 @@ impl Corpus {
         let corpus = Self { config: Arc::new(config.clone()), files: resolve(&config.source)?.into() };
         let mut unreadable = None;
         for file in corpus.files.iter() {
-            match Shard::open(file) {
-                Ok(shard) => {
-                    let columns = corpus.columns(&shard, &file.path)?;
-                    return shard.check(&file.path, &columns).map(|()| corpus);
-                }
+            let checked = match Shard::open(file) {
+                Ok(shard) => corpus.check(&shard, &file.path),
                 Err(reason) => {
                     unreadable.get_or_insert(CorpusError::Unreadable { file: file.path.clone(), reason });
+                    file.failure().map_or(Ok(false), Err)
                 }
+            };
+            if checked.map_err(|error| file.failure().unwrap_or(error))? {
+                return Ok(corpus);
             }
         }
         Err(unreadable.unwrap_or_else(|| CorpusError::NoFiles { place: config.source.clone() }))
+    }
+
+    /// Whether the columns are there, which is an error otherwise.
+    fn check(&self, shard: &Shard, path: &Path) -> Result<bool, CorpusError> {
+        shard.check(path, &self.columns(shard, path)?).map(|()| true)
     }
 
     /// The files, in reading order; of those in a store, their addresses.
@@ -276,7 +282,12 @@ impl Documents {
 
     /// Records the damage and passes over the damaged place, unless there has been too much of it.
     fn quarantine(&mut self, damage: Damage) -> Result<(), CorpusError> {
-        let file = self.corpus.files[self.cursor.file].path.clone();
+        let file = &self.corpus.files[self.cursor.file];
+        // What a store does not give today is not damage: another run must not differ for it.
+        if let Some(error) = file.failure() {
+            return Err(error);
+        }
+        let file = file.path.clone();
         let (row_group, reason) = match damage {
             Damage::File(reason) => (None, reason),
             Damage::RowGroup(reason) => (Some(self.cursor.row_group), reason),

@@ -63,6 +63,17 @@ pub(super) enum Place {
 }
 
 impl SourceFile {
+    /// Why a store did not give what was read last, if it did not.
+    pub(super) fn failure(&self) -> Option<CorpusError> {
+        match &self.place {
+            Place::Local => None,
+            #[cfg(feature = "remote")]
+            Place::Remote(object) => object
+                .failure()
+                .map(|message| CorpusError::Store { place: self.path.display().to_string(), message }),
+        }
+    }
+
     /// A file that is named explicitly may have any ending: it is parquet, unless that is `.json`.
     pub(super) fn format(&self) -> Format {
         let json = Path::new(&self.name).extension().is_some_and(|extension| extension == "json");

@@ -51,7 +51,8 @@ struct State {
     /// Contents by `bucket/key`.
     files: BTreeMap<String, Vec<u8>>,
     requests: Vec<Request>,
-    faults: Vec<(String, Fault)>,
+    /// Which requests go wrong, after how many that do not.
+    faults: Vec<(String, usize, Fault)>,
 }
 
 struct Reply {
@@ -70,10 +71,17 @@ impl Reply {
 impl State {
     fn answer(&mut self, request: &Request) -> Reply {
         self.requests.push(request.clone());
-        let matching = |(part, _): &(String, Fault)| {
-            request.path.contains(part) || request.query.values().any(|value| value == part)
+        let matches =
+            |part: &String| request.path.contains(part) || request.query.values().any(|value| value == part);
+        let at = self.faults.iter().position(|(part, ..)| matches(part));
+        let fault = match at.map(|at| (at, self.faults[at].1)) {
+            Some((at, 0)) => Some(self.faults.remove(at).2),
+            Some((at, _)) => {
+                self.faults[at].1 -= 1;
+                None
+            }
+            None => None,
         };
-        let fault = self.faults.iter().position(matching).map(|at| self.faults.remove(at).1);
         if let Some(Fault::Status(status)) = fault {
             let echo = format!("<Error><Code>SlowDown</Code><Message>{request:?}</Message></Error>");
             return Reply::new(status, echo);
@@ -190,7 +198,12 @@ impl FakeStore {
 
     /// Lets the next request go wrong whose path has this part, or whose query this value.
     pub(crate) fn fail(&self, part: &str, fault: Fault) {
-        self.state.lock().unwrap().faults.push((part.into(), fault));
+        self.state.lock().unwrap().faults.push((part.into(), 0, fault));
+    }
+
+    /// The same after so many such requests that go well.
+    pub(crate) fn fail_after(&self, count: usize, part: &str, fault: Fault) {
+        self.state.lock().unwrap().faults.push((part.into(), count, fault));
     }
 
     /// Faults that no request has met.

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use store::{Listed, Store, StoreError};
 
 /// A file in a store.
@@ -27,28 +27,43 @@ pub(super) struct RemoteObject {
     pub(super) length: u64,
     /// Changes when the file does.
     tag: Option<String>,
+    /// Why the store did not give what was read last.
+    failure: Arc<Mutex<Option<String>>>,
+}
+
+impl RemoteObject {
+    /// Why the store did not give what was read last, if it did not: then, the file is not damaged.
+    pub(super) fn failure(&self) -> Option<String> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 /// An open file in a store.
-pub(super) struct RemoteFile(Ahead);
+pub(super) struct RemoteFile {
+    ahead: Ahead,
+    failure: Arc<Mutex<Option<String>>>,
+}
 
 impl RemoteFile {
     pub(super) fn open(object: &RemoteObject) -> Self {
         let object = object.clone();
-        let length = object.length;
+        let (length, failure) = (object.length, object.failure.clone());
         let fetch = move |range: Range<u64>| {
             let bytes = object.store.range(&object.key, range, object.tag.as_deref());
             bytes.map_err(|error| error.to_string())
         };
-        Self(Ahead::new(length, Box::new(fetch)))
+        Self { ahead: Ahead::new(length, Box::new(fetch)), failure }
     }
 
     pub(super) fn read(&self, range: Range<u64>) -> io::Result<Bytes> {
-        self.0.read(range).map_err(io::Error::other)
+        self.ahead.read(range).map_err(|message| {
+            *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(message.clone());
+            io::Error::other(message)
+        })
     }
 
     pub(super) fn expect(&self, now: &[Range<u64>], next: &[Range<u64>]) {
-        self.0.expect(now, next);
+        self.ahead.expect(now, next);
     }
 }
 
@@ -101,7 +116,13 @@ pub(super) fn resolve(source: &str) -> Result<Vec<SourceFile>, CorpusError> {
     let file = |Listed { key, length, tag }: Listed| SourceFile {
         path: PathBuf::from(format!("{}{key}", address.root)),
         name: store.name(key.get(base..).unwrap_or_default()),
-        place: Place::Remote(RemoteObject { store: store.clone(), key, length, tag }),
+        place: Place::Remote(RemoteObject {
+            store: store.clone(),
+            key,
+            length,
+            tag,
+            failure: Arc::default(),
+        }),
     };
     Ok(listed.into_iter().map(file).collect())
 }
