@@ -65,6 +65,9 @@ impl Shard {
     }
 
     /// Reads a row group from `offset` rows on.
+    ///
+    /// The rows before are decoded as well, and left out: pages that are skipped instead may count their
+    /// rows otherwise, where they are damaged, and a restart must not differ.
     pub(super) fn batches(
         &self,
         row_group: usize,
@@ -74,7 +77,7 @@ impl Shard {
         Ok(match self {
             Self::Parquet(file) => {
                 let mask = file.mask(&columns.paths());
-                Batches::Parquet(file.batches(row_group, &mask, offset, None)?)
+                Batches::Parquet { read: file.batches(row_group, &mask, 0, None)?, offset }
             }
             Self::Lines(file) => Batches::Lines(file.lines(columns, offset)?),
         })
@@ -83,26 +86,29 @@ impl Shard {
     /// The next rows of a row group, or nothing after the last.
     ///
     /// A batch that cannot be decoded, or takes too much memory, is decoded again row by row: every row
-    /// before the damage is delivered, however batches were cut. After an error the batches must not be
-    /// used again.
+    /// before the damage is delivered. After an error the batches must not be used again.
     pub(super) fn advance(
         &self,
         row_group: usize,
         columns: &Columns,
         batches: &mut Batches,
     ) -> Result<Option<Rows>, String> {
-        let (file, read) = match (self, batches) {
-            (Self::Parquet(file), Batches::Parquet(read)) => (file, read),
+        let (file, read, offset) = match (self, batches) {
+            (Self::Parquet(file), Batches::Parquet { read, offset }) => (file, read, *offset),
             (_, Batches::Lines(lines)) => return guarded(|| lines.advance()),
-            (Self::Lines(_), Batches::Parquet(_)) => return Err("the batches are of another file".into()),
+            (Self::Lines(_), Batches::Parquet { .. }) => return Err("the batches are of another file".into()),
         };
-        let start = read.position();
-        match decode(columns, read) {
-            Err(_) if !read.is_single() => {
+        loop {
+            let start = read.position();
+            let mut rows = decode(columns, read);
+            if rows.is_err() && !read.is_single() {
                 *read = file.batches(row_group, &file.mask(&columns.paths()), start, Some(1))?;
-                decode(columns, read)
+                rows = decode(columns, read);
             }
-            decoded => decoded,
+            match rows? {
+                Some(rows) if rows.end() <= offset => {}
+                rows => return Ok(rows),
+            }
         }
     }
 }
@@ -114,6 +120,10 @@ fn decode(columns: &Columns, batches: &mut RecordBatches) -> Result<Option<Rows>
 
 /// What is left of one row group.
 pub(super) enum Batches {
-    Parquet(RecordBatches),
+    /// What is left of the whole row group, of which the first `offset` rows are not wanted.
+    Parquet {
+        read: RecordBatches,
+        offset: usize,
+    },
     Lines(Lines),
 }
