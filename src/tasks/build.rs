@@ -133,7 +133,10 @@ impl TaskBuilder<'_> {
         let select = |chunk: (usize, Vec<Piece>)| {
             let (mut counts, first) = (TaskCounts::new(self.settings.top_k), chunk.0 * DOCUMENTS_AT_A_TIME);
             let choose = |(at, piece): (usize, Piece)| {
-                let scores = scores.as_ref().map_or(&blank[..piece.own], |scores| &scores[first + at]);
+                let scores = match &scores {
+                    Some(scores) => &scores[first + at],
+                    None => &blank[..piece.own],
+                };
                 self.select(piece, scores, &mut counts)
             };
             let chosen: Vec<_> = chunk.1.into_iter().enumerate().filter_map(choose).collect();
