@@ -14,6 +14,7 @@ mod json;
 pub mod kernels;
 pub mod ledger;
 pub mod model;
+mod ordered;
 pub mod pipeline;
 pub mod random;
 pub mod report;

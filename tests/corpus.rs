@@ -5,6 +5,8 @@
 mod generated;
 #[path = "corpus/json_lines.rs"]
 mod json_lines;
+#[path = "corpus/operations.rs"]
+mod operations;
 #[path = "corpus/writers.rs"]
 mod writers;
 
@@ -33,14 +35,7 @@ use std::sync::Arc;
 use tempfile::TempDir;
 
 pub(crate) fn config(source: impl AsRef<Path>) -> CorpusConfig {
-    CorpusConfig {
-        source: source.as_ref().to_str().unwrap().into(),
-        text_column: "text".into(),
-        id_column: None,
-        max_quarantined: 16,
-        min_bytes: 1,
-        max_documents: None,
-    }
+    CorpusConfig::new(source.as_ref().to_str().unwrap())
 }
 
 pub(crate) fn write(path: &Path, columns: Vec<(&str, ArrayRef)>, properties: WriterProperties) {
@@ -56,7 +51,7 @@ pub(crate) fn plain() -> WriterProperties {
     WriterProperties::builder().build()
 }
 
-fn row_groups(rows: usize) -> WriterProperties {
+pub(crate) fn row_groups(rows: usize) -> WriterProperties {
     WriterProperties::builder().set_max_row_group_row_count(Some(rows)).build()
 }
 

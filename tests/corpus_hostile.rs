@@ -74,12 +74,11 @@ struct Original {
 
 fn config(path: &Path, text: &str, id: &str) -> CorpusConfig {
     CorpusConfig {
-        source: path.to_str().unwrap().into(),
         text_column: text.into(),
         id_column: Some(id.into()),
         max_quarantined: 1000,
         min_bytes: 0,
-        max_documents: None,
+        ..CorpusConfig::new(path.to_str().unwrap())
     }
 }
 

@@ -43,14 +43,8 @@ struct Outcome {
 
 impl Outcome {
     fn of(source: &str) -> Self {
-        let config = CorpusConfig {
-            source: source.into(),
-            text_column: "text".into(),
-            id_column: Some("id".into()),
-            max_quarantined: 4,
-            min_bytes: 1,
-            max_documents: None,
-        };
+        let config =
+            CorpusConfig { id_column: Some("id".into()), max_quarantined: 4, ..CorpusConfig::new(source) };
         let mut outcome = Self::default();
         if let Err(error) = outcome.read(&config) {
             outcome.error = format!("{error}\n{error:?}\n{:?}", error.hint());

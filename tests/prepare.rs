@@ -24,12 +24,18 @@ use std::time::{Duration, Instant};
 
 struct Place(PathBuf);
 
-/// Documents of some hundred bytes each, all different.
+/// Documents of some hundred bytes each. From the second file on, every tenth repeats one of the first,
+/// and the one after it does so but for its last word.
 fn texts(file: u64) -> Vec<String> {
-    let stream = Stream::new(file, "text");
-    let word =
-        |n: u64| ["tree", "sea ", "dog", " runs", " and", "12", ". ", "éß"][stream.below(n, 8) as usize];
-    (0..600).map(|row| (0..100).map(|n| word(row * 100 + n)).collect()).collect()
+    let word = |stream: Stream, n: u64| {
+        ["tree ", "sea ", "dog ", "runs ", "and ", "12 ", "of ", "éß "][stream.below(n, 8) as usize]
+    };
+    let text = |row: u64| {
+        let stream = Stream::new(if row % 10 < 2 { 0 } else { file }, "text");
+        let last = if row % 10 == 1 && file > 0 { format!("last{file}.") } else { String::new() };
+        (0..100).map(|n| word(stream, row * 100 + n)).collect::<String>() + &last
+    };
+    (0..600).map(text).collect()
 }
 
 fn write_corpus(directory: &Path) {
@@ -56,7 +62,7 @@ impl Place {
         tokenizer.save(&root, &special).unwrap();
         let place = root.display();
         let pipeline = format!(
-            "[corpus]\nsource = '{place}/corpus'\n[tokenizer]\npath = '{place}/tokenizer.json'\n[model.scratch]\n\
+            "[corpus]\nsource = '{place}/corpus'\n[corpus.deduplicate]\nnear = true\n[tokenizer]\npath = '{place}/tokenizer.json'\n[model.scratch]\n\
              hidden_size = 16\nnum_hidden_layers = 1\nnum_attention_heads = 2\nintermediate_size = 16\n[tasks]\n\
              template = 'plain'\nselection = 'random'\nscore = false\nmin_context = 4\nmax_document_tokens = 64\n\
              unit_bytes = 40000\nshard_bytes = 20000\n"
@@ -114,8 +120,10 @@ fn a_corpus_is_many_units_of_several_shards() {
     let shards = manifest["shards"].as_array().unwrap();
     assert!(shards.last().unwrap()["file"].as_str().unwrap() > "unit-00015", "{}", shards.len());
     assert!(shards.iter().any(|shard| shard["file"].as_str().unwrap().ends_with("tasks-00001.arrow")));
-    assert_eq!(manifest["counts"]["documents"], 3000);
-    assert_eq!((&manifest["corpus"]["documents"], &manifest["corpus"]["files"]), (&3000.into(), &5.into()));
+    let dropped = &manifest["corpus"]["dropped"];
+    assert_eq!((&dropped["duplicate"], &dropped["near_duplicate"]), (&240.into(), &240.into()));
+    assert_eq!(manifest["counts"]["documents"], 2520);
+    assert_eq!((&manifest["corpus"]["documents"], &manifest["corpus"]["files"]), (&2520.into(), &5.into()));
     let unit = json(&place().0.path("whole").join("tasks/train/unit-00001/tasks.json"));
     assert_eq!(unit["sources"][0]["file"], "part-0.parquet");
 }
@@ -230,7 +238,7 @@ fn a_damaged_file_is_named_in_the_manifest_and_too_many_stop_the_job() {
     let manifest = json(&place.path("damaged/tasks/train/tasks.json"));
     assert_eq!(
         (&manifest["corpus"]["quarantined_total"], &manifest["counts"]["documents"]),
-        (&1.into(), &2400.into())
+        (&1.into(), &2040.into())
     );
     for share in ["0/2", "1/2"] {
         let refused =

@@ -41,6 +41,7 @@ mod writer;
 pub use error::{CheckpointError, Damage, Skipped};
 pub use lock::RunLock;
 pub use reader::{Checkpoint, TensorFile};
+pub(crate) use storage::temporary_name;
 pub use storage::{Disk, Storage, StorageFile, atomic_write, atomic_write_on};
 pub use store::{CheckpointStore, Committed, DEFAULT_SHARD_BYTES, Found, Recovered, Recovery};
 pub use verify::{CheckpointReport, StoreReport, verify};

@@ -3,6 +3,7 @@
 use super::CheckpointError;
 use super::error::at;
 use std::fs::{self, File, OpenOptions};
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -141,10 +142,11 @@ fn write_synced(storage: &dyn Storage, path: &Path, bytes: &[u8]) -> io::Result<
     file.sync()
 }
 
-/// `.NAME.tmp-PID-COUNT` beside the file: no two writers share one.
-fn temporary_name(path: &Path) -> io::Result<PathBuf> {
+/// `.NAME.tmp-TAG-COUNT` beside the file: no two writers share one, on whatever machines they are.
+pub(crate) fn temporary_name(path: &Path) -> io::Result<PathBuf> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let name = path.file_name().ok_or(io::ErrorKind::InvalidFilename)?.to_string_lossy();
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    Ok(parent(path).join(format!(".{name}.tmp-{}-{count}", std::process::id())))
+    let tag = RandomState::new().hash_one(std::process::id());
+    Ok(parent(path).join(format!(".{name}.tmp-{tag:016x}-{count}")))
 }

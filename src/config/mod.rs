@@ -4,9 +4,11 @@
 //! suggestion, every default is written down here once, and [`Pipeline::validate`] refuses
 //! combinations that could not work. Nothing in this room runs anything.
 
+mod corpus;
 mod load;
 mod validate;
 
+pub use corpus::{CorpusConfig, Decontamination, Deduplication, MixtureSource, Normalization};
 pub use load::{ConfigError, Loaded, load, parse};
 
 use crate::kernels::dtype::Dtype;
@@ -52,32 +54,6 @@ pub struct Pipeline {
     /// Checkpoints, logs and limits of the run.
     #[serde(default)]
     pub run: RunConfig,
-}
-
-/// `[corpus]`: unlabeled text in parquet files or JSON lines.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct CorpusConfig {
-    /// A parquet or JSON-lines file, a directory of them, a glob, a directory with a `corpus.toml` that
-    /// describes a generated corpus, a place in a store (`s3://bucket/prefix`, `gs://`, `az://`,
-    /// `https://host/file.parquet`), or a dataset of the Hugging Face Hub:
-    /// `hf://datasets/owner/name[@revision][/files]`.
-    pub source: String,
-    /// Column or key that holds the text, or a path to it with dots between the names of structs.
-    #[serde(default = "default_text_column")]
-    pub text_column: String,
-    /// Column or key that holds a document's name; without it `file:row` is used.
-    #[serde(default)]
-    pub id_column: Option<String>,
-    /// Files or row groups that may be quarantined before the run stops.
-    #[serde(default = "default_max_quarantined")]
-    pub max_quarantined: u64,
-    /// Documents with fewer bytes are dropped (and counted).
-    #[serde(default = "one")]
-    pub min_bytes: usize,
-    /// Read at most so many documents.
-    #[serde(default)]
-    pub max_documents: Option<u64>,
 }
 
 /// `[tokenizer]`: an existing tokenizer.json, or one trained on the corpus.
@@ -706,12 +682,6 @@ impl Default for RunConfig {
     }
 }
 
-fn default_text_column() -> String {
-    "text".into()
-}
-fn default_max_quarantined() -> u64 {
-    16
-}
 fn default_tokenizer_documents() -> usize {
     10_000
 }
@@ -738,9 +708,6 @@ fn default_probe_positions() -> usize {
 }
 fn default_resamples() -> usize {
     1000
-}
-fn one() -> usize {
-    1
 }
 fn yes() -> bool {
     true

@@ -1,6 +1,6 @@
 //! Combinations of values that could not work, refused before anything runs.
 
-use super::{ConfigError, OptimizerConfig, Pipeline, Selection};
+use super::{ConfigError, CorpusConfig, OptimizerConfig, Pipeline, Selection};
 use crate::hub::{HubError, HubReference, RepositoryKind, is_remote};
 use crate::model::MODULES;
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ impl Pipeline {
     /// # Errors
     /// Names the first key that cannot work, why, and what to do.
     pub fn validate(&self) -> Check {
+        validate_corpus(&self.corpus)?;
         self.validate_references()?;
         self.validate_model()?;
         self.validate_tasks()?;
@@ -29,8 +30,12 @@ impl Pipeline {
         let text = |path: &'_ Option<PathBuf>| path.as_deref().and_then(Path::to_str).map(str::to_owned);
         let cold_start = self.cold_start.as_ref().and_then(|stage| stage.source.clone());
         let held_out = self.eval.as_ref().and_then(|eval| eval.source.clone());
+        let protected = self.corpus.decontaminate.as_ref().and_then(|settings| settings.source.clone());
         let (model, dataset) = (RepositoryKind::Model, RepositoryKind::Dataset);
+        let mixture = self.corpus.mixture.values();
+        let mixture = mixture.map(|part| ("corpus.mixture", Some(part.source.clone()), dataset));
         [
+            ("corpus.decontaminate.source", protected, dataset),
             ("model.path", text(&self.model.path), model),
             ("tokenizer.path", text(&self.tokenizer.path), model),
             ("tasks.proxy", text(&self.tasks.proxy), model),
@@ -41,6 +46,7 @@ impl Pipeline {
             ("eval.source", held_out, dataset),
         ]
         .into_iter()
+        .chain(mixture)
         .filter_map(|(key, text, kind)| Some((key, text.filter(|text| is_remote(text))?, kind)))
         .try_for_each(|(key, text, kind)| validate_reference(key, &text, kind))
     }
@@ -263,6 +269,67 @@ impl Pipeline {
             "add [cold_start] or switch the controls off",
         )
     }
+}
+
+fn validate_corpus(corpus: &CorpusConfig) -> Check {
+    require(
+        corpus.source.is_empty() != corpus.mixture.is_empty(),
+        "corpus.source",
+        "or [corpus.mixture.NAME] names the text, one of the two",
+        "several sources go into the mixture, each under a name of its own",
+    )?;
+    let is_rate = |rate: Option<f64>| rate.is_none_or(|rate| rate > 0.0 && rate <= 1.0);
+    require(
+        is_rate(corpus.rate) && corpus.mixture.values().all(|part| is_rate(part.rate)),
+        "corpus.rate",
+        "must be above 0 and at most 1, as must the rates of a mixture",
+        "0.1 reads one document in ten",
+    )?;
+    require(
+        corpus.mixture.values().all(|part| part.rate.is_none() || part.weight.is_none()),
+        "corpus.mixture",
+        "gives a source both a rate and a weight, from which its rate follows",
+        "give it one of the two",
+    )?;
+    let weights: Vec<f64> = corpus.mixture.values().filter_map(|part| part.weight).collect();
+    require(
+        weights.is_empty() || weights.len() == corpus.mixture.len(),
+        "corpus.mixture",
+        "gives weights to some of its sources only",
+        "give every source a weight, or none",
+    )?;
+    require(
+        weights.iter().all(|weight| weight.is_finite() && *weight > 0.0),
+        "corpus.mixture",
+        "has a weight that is not above 0",
+        "leave out a source that should not be read",
+    )?;
+    require(
+        corpus.max_bytes.is_none_or(|most| most >= corpus.min_bytes),
+        "corpus.max_bytes",
+        "is below min_bytes: no document lies between the bounds",
+        "raise max_bytes or lower min_bytes",
+    )?;
+    if let Some(settings) = &corpus.deduplicate {
+        require(
+            settings.exact || settings.near,
+            "corpus.deduplicate",
+            "switches both `exact` and `near` off",
+            "leave the section out to keep duplicates",
+        )?;
+        require(
+            settings.shingle_words > 0 && (1..=4096).contains(&settings.bands.saturating_mul(settings.rows)),
+            "corpus.deduplicate.bands",
+            "times rows must lie between 1 and 4096, and shingle_words be at least 1",
+            "14 bands of 8 rows find texts that share about three quarters of their runs of words",
+        )?;
+    }
+    require(
+        corpus.decontaminate.as_ref().is_none_or(|settings| settings.words > 0),
+        "corpus.decontaminate.words",
+        "must be at least 1",
+        "13 is usual; fewer drop more documents by chance",
+    )
 }
 
 fn validate_reference(key: &'static str, text: &str, kind: RepositoryKind) -> Check {

@@ -13,6 +13,16 @@ const LISTED: usize = 16;
 pub(super) const NULL_TEXT: &str = "null_text";
 /// Rows dropped because their text has fewer bytes than `min_bytes`.
 pub(super) const TOO_SHORT: &str = "too_short";
+/// Rows dropped because their text has more bytes than `max_bytes`.
+pub(super) const TOO_LONG: &str = "too_long";
+/// Rows that `rate`, or the weights of a mixture, leave out.
+pub(super) const NOT_DRAWN: &str = "not_drawn";
+/// Rows dropped because they share a run of words with held-out text.
+pub(super) const HELD_OUT: &str = "in_held_out_text";
+/// Rows dropped because an earlier document has the same text.
+pub(super) const DUPLICATE: &str = "duplicate";
+/// Rows dropped because an earlier document has nearly the same words.
+pub(super) const NEAR_DUPLICATE: &str = "near_duplicate";
 /// Lines dropped because they are not a JSON object.
 pub(super) const BAD_JSON: &str = "bad_json";
 /// Lines dropped because they are empty.

@@ -107,6 +107,9 @@ pub enum CorpusError {
         /// The first few of them.
         first: String,
     },
+    /// There are more files, or rows in one, than places of documents can be told apart.
+    #[error("a corpus of more than {} files, or a file of more than {} rows, cannot be de-duplicated", 1_u64 << 25, 1_u64 << 38)]
+    TooLarge,
     /// A worked example does not fit its own text.
     #[error("{file}: trace {row}: {message}")]
     BadTrace {
@@ -179,6 +182,7 @@ impl CorpusError {
             Self::TooManyQuarantined { .. } => {
                 "repair or remove the damaged files, or raise corpus.max_quarantined".into()
             }
+            Self::TooLarge => "merge small files, or split the corpus into several".into(),
             Self::BadTrace { .. } => {
                 "offset counts the UTF-8 bytes of text before the prediction; only label may be null".into()
             }

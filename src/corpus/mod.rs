@@ -7,6 +7,9 @@
 //! until there are too many; every row before the damage is delivered. [`read_traces`] reads worked
 //! examples, and [`generated`] makes the quickstart corpus.
 //!
+//! Between a row and its document stand what `operations.rs` does to it by itself, and the duplicates that
+//! a [`DuplicateSearch`] found beforehand.
+//!
 //! A file is a `Shard` over a `Blob` of bytes. What a parquet file claims
 //! of itself is checked before the parquet crate sees it: the footer in `footer.rs`, page headers and
 //! decompressed pages in `pages.rs`. Damage in a page without a checksum that still decodes to valid
@@ -15,12 +18,16 @@
 mod blob;
 mod columns;
 mod counts;
+mod duplicates;
 mod error;
 mod footer;
 pub mod generated;
 mod guard;
+mod held_out;
 mod json_fields;
 mod json_lines;
+mod mixture;
+mod operations;
 mod pages;
 mod reader;
 #[cfg(feature = "remote")]
@@ -31,8 +38,10 @@ mod source;
 mod thrift;
 mod traces;
 mod units;
+mod words;
 
 pub use counts::{CorpusCounts, Quarantined};
+pub use duplicates::{DuplicateSearch, Duplicates};
 pub use error::CorpusError;
 pub use generated::generated_recipe;
 pub use reader::{Corpus, Cursor, Documents};

@@ -3,10 +3,14 @@
 use super::Document;
 use super::blob::Blob;
 use super::columns::{Columns, Rows};
-use super::counts::{CorpusCounts, Quarantined, TOO_SHORT};
+use super::counts::{CorpusCounts, DUPLICATE, NEAR_DUPLICATE, Quarantined};
+use super::duplicates::{Duplicates, Repeat, UnitDuplicates};
 use super::error::CorpusError;
+use super::held_out::HeldOut;
+use super::mixture::{self, Part};
+use super::operations::{Draws, admit};
 use super::shard::{Batches, Shard};
-use super::source::{Format, SourceFile, resolve};
+use super::source::{Format, SourceFile};
 use crate::config::CorpusConfig;
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -18,35 +22,83 @@ use std::sync::Arc;
 pub struct Corpus {
     config: Arc<CorpusConfig>,
     files: Arc<[SourceFile]>,
+    parts: Arc<[Part]>,
+    held_out: Option<Arc<HeldOut>>,
+    duplicates: Option<Arc<Duplicates>>,
 }
 
 impl Corpus {
-    /// Resolves `config.source` and checks the columns of the first file with a readable footer.
+    /// Resolves the sources, checks the columns of the first file of each with a readable footer, and reads
+    /// the held-out text that documents must not repeat. Duplicates are left in: see [`Corpus::without`].
     ///
     /// # Errors
-    /// The source does not exist, cannot be reached or holds no file of a corpus; no file is readable;
+    /// A source does not exist, cannot be reached or holds no file of a corpus; no file is readable;
     /// the text or id column is missing or of another type.
     pub fn open(config: &CorpusConfig) -> Result<Self, CorpusError> {
-        let corpus = Self { config: Arc::new(config.clone()), files: resolve(&config.source)?.into() };
+        let (files, parts) = mixture::open(config)?;
+        let held_out = config.decontaminate.as_ref().map(|settings| HeldOut::read(config, settings));
+        let corpus = Self {
+            config: Arc::new(config.clone()),
+            files: files.into(),
+            parts: parts.into(),
+            held_out: held_out.transpose()?.map(Arc::new),
+            duplicates: None,
+        };
+        (0..corpus.parts.len()).try_for_each(|part| corpus.check_part(part))?;
+        Ok(corpus)
+    }
+
+    /// The same without the documents that a search found to repeat an earlier one.
+    #[must_use]
+    pub fn without(self, duplicates: Duplicates) -> Self {
+        Self { duplicates: Some(Arc::new(duplicates)), ..self }
+    }
+
+    fn check_part(&self, part: usize) -> Result<(), CorpusError> {
         let mut unreadable = None;
-        for file in corpus.files.iter() {
+        for file in self.files.iter().filter(|file| file.part == part) {
             let checked = match Shard::open(file) {
-                Ok(shard) => corpus.check(&shard, &file.path),
+                Ok(shard) => self.check(&shard, file),
                 Err(reason) => {
                     unreadable.get_or_insert(CorpusError::Unreadable { file: file.path.clone(), reason });
                     file.failure().map_or(Ok(false), Err)
                 }
             };
             if checked.map_err(|error| file.failure().unwrap_or(error))? {
-                return Ok(corpus);
+                return Ok(());
             }
         }
-        Err(unreadable.unwrap_or_else(|| CorpusError::NoFiles { place: config.source.clone() }))
+        Err(unreadable.unwrap_or_else(|| CorpusError::NoFiles { place: self.config.place() }))
     }
 
     /// Whether the columns are there, which is an error otherwise.
-    fn check(&self, shard: &Shard, path: &Path) -> Result<bool, CorpusError> {
-        shard.check(path, &self.columns(shard, path)?).map(|()| true)
+    fn check(&self, shard: &Shard, file: &SourceFile) -> Result<bool, CorpusError> {
+        shard.check(&file.path, &self.part_of(file).columns(shard, &file.path)?).map(|()| true)
+    }
+
+    /// The source that a file is of.
+    pub(super) fn part_of(&self, file: &SourceFile) -> &Part {
+        &self.parts[file.part]
+    }
+
+    /// Which documents are read and how, in words: with [`Corpus::fingerprint`], all that decides what the
+    /// stream of documents is.
+    pub fn reading(&self) -> String {
+        let config = &self.config;
+        let plain = format!("{} {} {:?}", config.text_column, config.min_bytes, config.max_documents);
+        let changed = CorpusConfig {
+            text_column: config.text_column.clone(),
+            max_documents: config.max_documents,
+            source: String::new(),
+            seed: None,
+            ..config.as_ref().clone()
+        };
+        if changed == config.untouched(String::new()) {
+            return plain;
+        }
+        let parts: Vec<_> = self.parts.iter().map(|part| (&part.text_column, part.rate)).collect();
+        let bounds = (config.max_bytes, config.normalization, config.seed);
+        format!("{plain} {parts:?} {bounds:?} {:?} {:?}", config.deduplicate, config.decontaminate)
     }
 
     /// The files, in reading order; of those in a store, their addresses.
@@ -64,6 +116,9 @@ impl Corpus {
         for file in self.files.iter() {
             let (length, margins) = margins(file).map_err(CorpusError::io(&file.path))?;
             hasher.update(file.name.as_bytes()).update(&[0]).update(&length.to_le_bytes()).update(&margins);
+        }
+        if let Some(held_out) = &self.held_out {
+            hasher.update(held_out.digest().as_bytes());
         }
         Ok(hasher.finalize().to_hex().to_string())
     }
@@ -102,13 +157,11 @@ impl Corpus {
             batches: None,
             rows: None,
             first_row: 0,
+            draws: Draws::of("", 0, 1.0),
+            repeated: None,
             counts: CorpusCounts::default(),
             finished: false,
         }
-    }
-
-    pub(super) fn columns(&self, shard: &Shard, path: &Path) -> Result<Columns, CorpusError> {
-        shard.columns(path, &self.config.text_column, self.config.id_column.as_deref())
     }
 }
 
@@ -179,6 +232,10 @@ pub struct Documents {
     rows: Option<Rows>,
     /// Row of the file at which the current row group starts.
     first_row: u64,
+    /// The draws of the current file.
+    draws: Draws,
+    /// The documents of the current unit that repeat an earlier one, where these are left out.
+    repeated: Option<UnitDuplicates>,
     counts: CorpusCounts,
     finished: bool,
 }
@@ -187,6 +244,8 @@ pub struct Documents {
 enum Damage {
     File(String),
     RowGroup(String),
+    /// Something else than the corpus cannot be read.
+    Elsewhere(CorpusError),
 }
 
 impl Documents {
@@ -222,20 +281,35 @@ impl Documents {
         while self.cursor.row < rows.end() {
             let row = self.cursor.row;
             self.cursor.row += 1;
-            match rows.text(row) {
-                Err(reason) => self.counts.drop_one(reason),
-                Ok(text) if text.len() < self.corpus.config.min_bytes => self.counts.drop_one(TOO_SHORT),
-                Ok(text) => {
-                    let id = rows.id(row).map_or_else(|| self.default_id(row), str::to_owned);
-                    let marks = rows.marks(row, text, &mut self.counts);
-                    self.counts.documents += 1;
-                    self.counts.bytes += text.len() as u64;
-                    self.cursor.documents += 1;
-                    return Some(Document { id, text: text.to_owned(), marks });
+            let place = self.first_row.saturating_add(row as u64);
+            let (config, held_out) = (&self.corpus.config, self.corpus.held_out.as_deref());
+            let admitted = rows.text(row).and_then(|text| admit(text, place, self.draws, config, held_out));
+            let text = match admitted {
+                Ok(text) => text,
+                Err(reason) => {
+                    self.counts.drop_one(reason);
+                    continue;
                 }
+            };
+            // A limit on the documents counts what is repeated too: whoever searched for it met it.
+            self.cursor.documents += 1;
+            let repeated = self.repeated.as_ref().and_then(|found| found.get(self.cursor.file, place));
+            if let Some(repeat) = repeated {
+                self.counts.drop_one(if repeat == Repeat::Exact { DUPLICATE } else { NEAR_DUPLICATE });
+                continue;
             }
+            let id = rows.id(row).map_or_else(|| self.default_id(row), str::to_owned);
+            let marks = rows.marks(row, &text, &mut self.counts);
+            self.counts.documents += 1;
+            self.counts.bytes += text.len() as u64;
+            return Some(Document { id, text: text.into_owned(), marks });
         }
         None
+    }
+
+    /// File and row of the last document.
+    pub(super) fn last_row(&self) -> (usize, u64) {
+        (self.cursor.file, self.first_row.saturating_add(self.cursor.row as u64).saturating_sub(1))
     }
 
     /// `file:row`, the row counted from 0 over the whole file.
@@ -257,7 +331,7 @@ impl Documents {
             let opened = shard.batches(self.cursor.row_group, columns, self.cursor.row);
             self.batches = Some(opened.map_err(Damage::RowGroup)?);
             self.first_row = shard.first_row(self.cursor.row_group);
-            return Ok(());
+            return self.find_repeated().map_err(Damage::Elsewhere);
         };
         let rows = shard.advance(self.cursor.row_group, columns, batches).map_err(Damage::RowGroup)?;
         if rows.is_some() {
@@ -270,10 +344,22 @@ impl Documents {
         Ok(())
     }
 
+    /// Reads which documents of the unit ahead repeat an earlier one.
+    fn find_repeated(&mut self) -> Result<(), CorpusError> {
+        let Some(duplicates) = &self.corpus.duplicates else { return Ok(()) };
+        let unit = duplicates.unit_of(self.cursor.place());
+        if self.repeated.as_ref().is_none_or(|repeated| repeated.unit != unit) {
+            self.repeated = Some(duplicates.of_unit(unit)?);
+        }
+        Ok(())
+    }
+
     fn open_file(&mut self) -> Result<(), String> {
         let file = &self.corpus.files[self.cursor.file];
+        let part = self.corpus.part_of(file);
         let shard = Shard::open(file)?;
-        let columns = self.corpus.columns(&shard, &file.path).map_err(|error| error.to_string())?;
+        let columns = part.columns(&shard, &file.path).map_err(|error| error.to_string())?;
+        self.draws = Draws::of(&file.name, self.corpus.config.seed.unwrap_or(0), part.rate);
         self.shard = Some((shard, columns));
         // A file that several units read is counted by the first.
         self.counts.files += u64::from(self.cursor.row_group == 0);
@@ -289,6 +375,7 @@ impl Documents {
         }
         let file = file.path.clone();
         let (row_group, reason) = match damage {
+            Damage::Elsewhere(error) => return Err(error),
             Damage::File(reason) => (None, reason),
             Damage::RowGroup(reason) => (Some(self.cursor.row_group), reason),
         };
@@ -312,7 +399,7 @@ impl Documents {
         if self.cursor.documents > 0 || self.corpus.config.max_documents == Some(0) || self.is_part {
             return Ok(());
         }
-        let place = self.corpus.config.source.clone();
+        let place = self.corpus.config.place();
         Err(CorpusError::Empty { place, dropped: self.counts.losses() })
     }
 }

@@ -48,6 +48,8 @@ pub(super) struct SourceFile {
     pub(super) path: PathBuf,
     /// Its name below the source, with `/` between directories: the same wherever the corpus lies.
     pub(super) name: String,
+    /// Number of the source that it is of.
+    pub(super) part: usize,
     /// What its bytes are read from.
     pub(super) place: Place,
 }
@@ -103,7 +105,8 @@ pub(super) fn resolve(source: &str) -> Result<Vec<SourceFile>, CorpusError> {
     if paths.is_empty() {
         return Err(CorpusError::NoFiles { place: source.into() });
     }
-    let file = |path: PathBuf| SourceFile { name: name_below(&base, &path), path, place: Place::Local };
+    let file =
+        |path: PathBuf| SourceFile { name: name_below(&base, &path), path, part: 0, place: Place::Local };
     Ok(paths.into_iter().map(file).collect())
 }
 

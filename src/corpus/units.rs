@@ -1,5 +1,6 @@
 //! A corpus cut into units of work, from metadata alone.
 
+use super::mixture::Part;
 use super::reader::{Corpus, Documents, Place};
 use super::shard::Shard;
 use super::source::SourceFile;
@@ -14,6 +15,8 @@ pub struct Unit {
     /// Bytes of text and names, uncompressed, by the footers' account.
     pub bytes: u64,
     pub(super) start: Place,
+    /// Row of its file at which it starts.
+    pub(super) first_row: u64,
     pub(super) end: Place,
 }
 
@@ -36,36 +39,26 @@ impl Corpus {
     ///
     /// Files whose footer cannot be read belong to the unit of their neighbours, which quarantines them.
     pub fn units(&self, bytes: u64) -> Vec<Unit> {
-        let whole = Unit { number: 0, bytes: 0, start: Place::START, end: Place::END };
+        let whole = Unit { number: 0, bytes: 0, start: Place::START, first_row: 0, end: Place::END };
         if self.limit().is_some() {
             return vec![whole];
         }
-        let sizes: Vec<Vec<u64>> =
-            self.source_files().par_iter().map(|file| self.row_group_bytes(file)).collect();
-        let groups = sizes.iter().enumerate().flat_map(|(file, sizes)| {
-            sizes.iter().enumerate().map(move |(row_group, size)| (Place { file, row_group }, *size))
+        let files: Vec<Vec<RowGroup>> =
+            self.source_files().par_iter().map(|file| row_groups(file, self.part_of(file))).collect();
+        let groups = files.iter().enumerate().flat_map(|(file, groups)| {
+            groups.iter().enumerate().map(move |(row_group, group)| (Place { file, row_group }, group))
         });
         let mut units = vec![whole];
-        for (place, size) in groups {
+        for (place, &RowGroup { bytes: size, first_row }) in groups {
             let (number, last) = (units.len(), units.len() - 1);
             if units[last].bytes > 0 && units[last].bytes.saturating_add(size) > bytes {
                 units[last].end = place;
-                units.push(Unit { number, bytes: 0, start: place, end: Place::END });
+                units.push(Unit { number, bytes: 0, start: place, first_row, end: Place::END });
             }
             let last = units.len() - 1;
             units[last].bytes = units[last].bytes.saturating_add(size);
         }
         units
-    }
-
-    /// Bytes of each row group's columns; one of nothing for a file that cannot be read.
-    fn row_group_bytes(&self, file: &SourceFile) -> Vec<u64> {
-        let read = || {
-            let shard = Shard::open(file).ok()?;
-            let columns = self.columns(&shard, &file.path).ok()?;
-            Some((0..shard.row_groups()).map(|group| shard.bytes(group, &columns)).collect())
-        };
-        read().unwrap_or_else(|| vec![0])
     }
 
     /// A stream of the documents of one unit. That there are none is no error.
@@ -90,4 +83,30 @@ impl Corpus {
             .take_while(|(file, _)| (*file, 0) < (last, end));
         within.map(range).collect()
     }
+}
+
+/// What a footer says of a row group.
+#[derive(Clone, Copy, Debug, Default)]
+struct RowGroup {
+    /// Bytes of text and names.
+    bytes: u64,
+    /// Row of the file at which it starts.
+    first_row: u64,
+}
+
+/// The row groups of a file; one of nothing if it cannot be read.
+fn row_groups(file: &SourceFile, part: &Part) -> Vec<RowGroup> {
+    let read = || {
+        let shard = Shard::open(file).ok()?;
+        let columns = part.columns(&shard, &file.path).ok()?;
+        let group =
+            |number| RowGroup { bytes: shard.bytes(number, &columns), first_row: shard.first_row(number) };
+        Some((0..shard.row_groups()).map(group).collect())
+    };
+    read().unwrap_or_else(|| vec![RowGroup::default()])
+}
+
+/// Bytes of text and names in a file, by its footer's account.
+pub(super) fn text_bytes(file: &SourceFile, part: &Part) -> u64 {
+    row_groups(file, part).iter().map(|group| group.bytes).sum()
 }

@@ -105,7 +105,7 @@ impl RunDirectory {
             parameters: layout.len() as u64,
             adapter: options.adapter,
             dtype: dtype.name(),
-            corpus: self.pipeline().corpus.source.clone(),
+            corpus: self.pipeline().corpus.place(),
             tables: self.tables()?,
             recipe: resolved_text(self.pipeline())?,
         })

@@ -2,7 +2,7 @@
 
 use super::error::PipelineError;
 use crate::checkpoint::atomic_write;
-use crate::config::{CorpusConfig, Pipeline};
+use crate::config::{CorpusConfig, Decontamination, Pipeline};
 use crate::corpus::generated::{generate, generated_recipe};
 use crate::corpus::{Corpus, Trace, read_traces};
 use crate::error::Error;
@@ -10,7 +10,7 @@ use crate::model::{Decoder, DecoderConfig, LoraShape};
 use crate::report::Log;
 use crate::tasks::{Fingerprints, PromptTemplate};
 use crate::tokenize::{SpecialTokens, Tokenizer, train_byte_level_bpe};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Corpora of a run, a generated one already written.
@@ -34,18 +34,39 @@ impl Sources {
     /// # Errors
     /// When a generated corpus cannot be written.
     pub fn resolve(pipeline: &Pipeline, directory: &Path, log: &Log) -> Result<Self, Error> {
-        let with = |source: String| CorpusConfig { source, max_documents: None, ..pipeline.corpus.clone() };
+        let corpus = CorpusConfig {
+            seed: Some(pipeline.corpus.seed.unwrap_or(pipeline.seed)),
+            ..pipeline.corpus.clone()
+        };
         let held_out = pipeline.eval.as_ref().and_then(|eval| eval.source.clone());
         let cold_start = pipeline.cold_start.as_ref().and_then(|cold_start| cold_start.source.clone());
+        let other =
+            |source| CorpusConfig { source, mixture: BTreeMap::new(), max_documents: None, ..corpus.clone() };
         let mut sources = Self {
-            corpus: pipeline.corpus.clone(),
-            tasks: pipeline.tasks.source.clone().map_or_else(|| pipeline.corpus.clone(), with),
-            held_out: held_out.map(with),
+            tasks: pipeline.tasks.source.clone().map_or_else(|| corpus.clone(), other),
+            held_out: held_out.map(|source| corpus.untouched(source)),
             traces: cold_start.clone(),
             clean_traces: cold_start,
+            corpus,
         };
-        let Some(recipe) = generated_recipe(&pipeline.corpus.source) else { return Ok(sources) };
-        let generated = generate(&recipe, pipeline.seed, directory)?;
+        if let Some(recipe) = generated_recipe(&pipeline.corpus.source) {
+            sources.generate(&recipe, pipeline, directory, log)?;
+        }
+        let Self { corpus, tasks, held_out, .. } = &mut sources;
+        protect(&mut corpus.decontaminate, held_out.as_ref())?;
+        protect(&mut tasks.decontaminate, held_out.as_ref())?;
+        Ok(sources)
+    }
+
+    /// Writes a generated corpus, and names its parts where the pipeline names no others.
+    fn generate(
+        &mut self,
+        recipe: &Path,
+        pipeline: &Pipeline,
+        directory: &Path,
+        log: &Log,
+    ) -> Result<(), Error> {
+        let generated = generate(recipe, pipeline.seed, directory)?;
         log.say(format!(
             "generated {} documents, {} held-out documents and {} traces in {}",
             generated.counts.train,
@@ -57,18 +78,35 @@ impl Sources {
             source: path.display().to_string(),
             text_column: "text".into(),
             id_column: Some("id".into()),
-            ..pipeline.corpus.clone()
+            ..self.corpus.clone()
         };
-        sources.corpus = with(generated.train);
+        let held_out = with(PathBuf::new()).untouched(generated.heldout.display().to_string());
         if pipeline.tasks.source.is_none() {
-            sources.tasks = with(generated.tasks);
+            self.tasks = with(generated.tasks);
         }
-        sources.held_out =
-            sources.held_out.or_else(|| pipeline.eval.is_some().then(|| with(generated.heldout)));
-        sources.traces = sources.traces.or(Some(generated.traces.display().to_string()));
-        sources.clean_traces = sources.clean_traces.or(Some(generated.clean_traces.display().to_string()));
-        Ok(sources)
+        self.corpus = with(generated.train);
+        self.held_out = self.held_out.take().or_else(|| pipeline.eval.is_some().then_some(held_out));
+        self.traces.get_or_insert(generated.traces.display().to_string());
+        self.clean_traces.get_or_insert(generated.clean_traces.display().to_string());
+        Ok(())
     }
+}
+
+/// What is not named otherwise is kept clear of the held-out text.
+fn protect(settings: &mut Option<Decontamination>, held_out: Option<&CorpusConfig>) -> Result<(), Error> {
+    let Some(settings) = settings.as_mut().filter(|settings| settings.source.is_none()) else {
+        return Ok(());
+    };
+    let Some(held_out) = held_out else {
+        return Err(PipelineError::Missing {
+            message: "there is no held-out text to keep the corpus clear of".into(),
+            hint: "set corpus.decontaminate.source or eval.source".into(),
+        }
+        .into());
+    };
+    settings.source = Some(held_out.source.clone());
+    settings.text_column.get_or_insert(held_out.text_column.clone());
+    Ok(())
 }
 
 /// Tokenizer, special tokens and prompt template.

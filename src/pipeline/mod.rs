@@ -7,6 +7,7 @@
 
 mod controls;
 mod directory;
+mod duplicates;
 mod error;
 mod evaluate;
 mod export;

@@ -78,7 +78,7 @@ fn training_bytes(pipeline: &Pipeline, parameters: usize) -> usize {
 
 fn stages(loaded: &Loaded) -> Vec<(String, String)> {
     let pipeline = &loaded.pipeline;
-    let mut stages = vec![("corpus".to_string(), pipeline.corpus.source.clone())];
+    let mut stages = vec![("corpus".to_string(), pipeline.corpus.place())];
     let mut add = |name: &str, what: String| stages.push((name.into(), what));
     if let Some(training) = &pipeline.tokenizer.train {
         add("tokenizer", format!("byte-level BPE of {} ids", training.vocab_size));

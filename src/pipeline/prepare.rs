@@ -1,6 +1,7 @@
 //! The data stage: units of a corpus to task shards, by one worker or by many.
 
 use super::directory::finished_base;
+use super::duplicates::open_corpus;
 use super::error::PipelineError;
 use super::run::Run;
 use super::scorers::Scorers;
@@ -160,7 +161,7 @@ fn build_units(
     base: Option<&Decoder>,
     share: Share,
 ) -> Result<Option<Manifest>, Error> {
-    let corpus = Corpus::open(&split.source)?;
+    let corpus = open_corpus(run, &split.source, share)?;
     // A limit on documents counts from the start of the corpus.
     let unit_bytes =
         if split.settings.max_documents.is_some() { u64::MAX } else { split.settings.unit_bytes };

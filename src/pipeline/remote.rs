@@ -73,6 +73,11 @@ pub(super) fn localize(
         localizer.directory(&mut local.tasks.proxy, Selection::Model)?;
         localizer.directory(&mut local.tasks.larger_proxy, Selection::Model)?;
         localizer.source(Some(&mut local.corpus.source))?;
+        for part in local.corpus.mixture.values_mut() {
+            localizer.source(Some(&mut part.source))?;
+        }
+        let protected = local.corpus.decontaminate.as_mut();
+        localizer.source(protected.and_then(|settings| settings.source.as_mut()))?;
         localizer.source(local.tasks.source.as_mut())?;
         localizer.source(local.cold_start.as_mut().and_then(|stage| stage.source.as_mut()))?;
         localizer.source(local.eval.as_mut().and_then(|eval| eval.source.as_mut()))?;

@@ -38,6 +38,10 @@ impl Paths {
     pub fn tasks(&self, split: &str) -> PathBuf {
         self.0.join("tasks").join(split)
     }
+    /// Which documents repeat an earlier one.
+    pub fn duplicates(&self) -> PathBuf {
+        self.0.join("duplicates")
+    }
     /// Checkpoints of a stage.
     pub fn checkpoints(&self, stage: &str) -> PathBuf {
         self.0.join("checkpoints").join(stage)
@@ -203,11 +207,9 @@ fn digests(
     pipeline: &Pipeline,
     sources: &Sources,
 ) -> Result<BTreeMap<&'static str, (String, String)>, Error> {
-    let of_traces = |source: &String| CorpusConfig {
-        source: source.clone(),
-        text_column: "text".into(),
-        id_column: None,
-        ..pipeline.corpus.clone()
+    let of_traces = |source: &String| {
+        let text_column = "text".into();
+        CorpusConfig { text_column, id_column: None, ..pipeline.corpus.untouched(source.clone()) }
     };
     let cold_start = pipeline.cold_start.is_some();
     let traces = sources.traces.as_ref().filter(|_| cold_start).map(of_traces);
@@ -222,7 +224,7 @@ fn digests(
     let mut digests = BTreeMap::new();
     for (role, text) in texts.into_iter().filter_map(|(role, text)| Some((role, text?))) {
         let digest = Corpus::open(&text)?.fingerprint()?;
-        digests.insert(role, (digest, text.source));
+        digests.insert(role, (digest, text.place()));
     }
     let models = [
         ("model", &pipeline.model.path),

@@ -93,12 +93,12 @@ fn directory(
     decoder: &Decoder,
     corpus: &Corpus,
 ) -> Result<PathBuf, Error> {
-    let (source, settings) = (&split.source, &split.settings);
+    let settings = &split.settings;
     let key = ScoreKey {
         model: decoder.fingerprint(),
         tokenizer: run.vocabulary.tokenizer.fingerprint().to_owned(),
         corpus: corpus.fingerprint()?,
-        reading: format!("{} {} {:?}", source.text_column, source.min_bytes, source.max_documents),
+        reading: corpus.reading(),
         unit_bytes: settings.unit_bytes,
         max_document_tokens: settings.max_document_tokens,
         min_context: settings.min_context,

@@ -91,7 +91,7 @@ fn report(
     covered: &BTreeSet<String>,
 ) -> Result<PathBuf, Error> {
     let name = paths.0.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-    let mut lines = vec![("corpus".to_string(), pipeline.corpus.source.clone())];
+    let mut lines = vec![("corpus".to_string(), pipeline.corpus.place())];
     let mut add = |key: &str, value: String| lines.push((key.to_string(), value));
     add("seed", pipeline.seed.to_string());
     for (stage, figures) in stage_figures(paths, pipeline)? {

@@ -1,6 +1,8 @@
 //! The supervised stages: next-token pre-training and the cold start, and their continuations.
 
+use super::duplicates::open_corpus;
 use super::materials::load_traces;
+use super::prepare::Share;
 use super::run::Run;
 use super::stage::{Finished, Opened, Stage, StageState};
 use crate::config::{ColdStartConfig, OptimizerConfig, PretrainConfig, TrainConfig};
@@ -109,7 +111,7 @@ impl<'run> CorpusExamples<'run> {
         positions: usize,
         cursor: Cursor,
     ) -> Result<Self, Error> {
-        let corpus = Corpus::open(&run.sources.corpus)?;
+        let corpus = open_corpus(run, &run.sources.corpus, Share::WHOLE)?;
         let documents = corpus.documents_from(cursor);
         let piece_tokens = config.max_document_tokens.unwrap_or(positions.saturating_sub(1)).max(2);
         Ok(Self { run, config, corpus, documents, cursor, piece_tokens, waiting: VecDeque::new() })
@@ -122,7 +124,7 @@ impl<'run> CorpusExamples<'run> {
         } else {
             self.documents = self.corpus.documents();
             self.documents.next().transpose()?.ok_or_else(|| PipelineError::Missing {
-                message: format!("the corpus {} holds no document", self.run.sources.corpus.source),
+                message: format!("the corpus {} holds no document", self.run.sources.corpus.place()),
                 hint: "check corpus.source and corpus.text_column".into(),
             })?
         };

@@ -6,20 +6,17 @@ use super::{PositionScore, Proxy, ShardWriter, TaskCounts, TaskDocument, TasksEr
 use crate::config::TasksConfig;
 use crate::corpus::Document;
 use crate::error::Error;
+use crate::ordered::{Batches, ordered_map};
 use crate::tokenize::Tokenizer;
 use rayon::prelude::*;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, ScopedJoinHandle};
 
-/// Text that is tokenized at a time, in bytes; a longer document is tokenized alone.
-const BYTES_PER_BATCH: usize = 1 << 20;
 /// Tokens that the proxy is given at a time; a longer piece is given alone.
 const TOKENS_PER_PROXY_CALL: usize = 1 << 15;
-/// Documents, or pieces, that a thread takes at a time.
-const DOCUMENTS_AT_A_TIME: usize = 8;
-/// Batches that wait between two stages.
-const WAITING: usize = 1;
+/// Batches that wait for the writer.
+const WAITING: usize = 2;
 
 /// Builds tasks: tokenizes documents, cuts them into pieces, has a proxy score every position and
 /// writes the pieces with the chosen positions.
@@ -49,7 +46,7 @@ impl TaskBuilder<'_> {
     /// Builds the tasks of `documents`.
     ///
     /// # Errors
-    /// Fails when a document cannot be read or encoded, the proxy fails or a shard cannot be written.
+    /// Fails when a document cannot be read, the proxy fails or a shard cannot be written.
     pub fn build(
         &self,
         documents: impl IntoIterator<Item = Result<Document, Error>, IntoIter: Send>,
@@ -57,104 +54,118 @@ impl TaskBuilder<'_> {
     ) -> Result<TaskCounts, Error> {
         let limit = self.settings.max_documents.unwrap_or(u64::MAX);
         let documents = documents.into_iter().take(usize::try_from(limit).unwrap_or(usize::MAX));
+        let batches = Batches::new(documents, |document: &Document| document.text.len());
         thread::scope(|scope| {
-            let (batches, incoming) = sync_channel(WAITING);
             let (outgoing, finished) = sync_channel(WAITING);
-            scope.spawn(move || read(documents, &batches));
             let writing = scope.spawn(move || write(&finished, writer));
-            let counts = self.build_batches(&incoming, &outgoing);
-            // The other two end with their channels.
-            drop((incoming, outgoing));
+            let counts = match self.proxy {
+                None => self.build_unscored(batches, &outgoing),
+                Some(proxy) => self.build_scored(batches, proxy, &outgoing),
+            };
+            // The writer ends with its channel.
+            drop(outgoing);
             joined(writing)?;
             counts
         })
     }
 
-    fn build_batches(
+    /// Without scores a batch needs no other.
+    fn build_unscored(
         &self,
-        incoming: &Receiver<Result<Vec<Document>, Error>>,
+        batches: impl Iterator<Item = Result<Vec<Document>, Error>> + Send,
         outgoing: &Outgoing,
     ) -> Result<TaskCounts, Error> {
         let mut counts = TaskCounts::new(self.settings.top_k);
-        let mut waiting = Vec::new();
-        for batch in incoming {
-            for piece in self.cut(&batch?, &mut counts)? {
-                if let Some(ready) = self.enqueue(piece, &mut waiting, &mut counts) {
-                    self.finish(ready, outgoing, &mut counts)?;
-                }
-            }
-        }
-        self.finish(waiting, outgoing, &mut counts)?;
+        let choose = |batch: Result<Vec<Document>, Error>| {
+            let (pieces, mut counts) = self.cut(&batch?);
+            let longest = pieces.iter().map(|piece| piece.own).max().unwrap_or(0);
+            let blank = vec![PositionScore::default(); longest];
+            let chosen = pieces.into_iter().filter_map(|piece| {
+                let scores = &blank[..piece.own];
+                self.select(piece, scores, &mut counts)
+            });
+            Ok((chosen.collect(), counts))
+        };
+        ordered_map(batches, choose, |chosen: Result<(Vec<_>, _), Error>| {
+            let (documents, part) = chosen?;
+            counts += &part;
+            send(outgoing, documents)
+        })?;
         Ok(counts)
     }
 
-    /// Tokenizes documents in parallel and cuts them, in order.
-    fn cut(&self, batch: &[Document], counts: &mut TaskCounts) -> Result<Vec<Piece>, Error> {
-        let cutter = Cutter { tokenizer: self.tokenizer, length: self.settings.max_document_tokens };
-        let cut = |documents: &[Document]| {
-            let (mut counts, mut pieces) = (TaskCounts::new(self.settings.top_k), Vec::new());
-            for document in documents {
-                pieces.extend(cutter.cut(document, &mut counts)?);
-            }
-            Ok((pieces, counts))
-        };
-        let cut: Vec<_> = batch.par_chunks(DOCUMENTS_AT_A_TIME).map(cut).collect::<Result<_, Error>>()?;
-        let pieces = cut.into_iter().flat_map(|(pieces, part)| {
-            *counts += &part;
-            pieces
-        });
-        Ok(pieces.collect())
+    /// Pieces wait until they fill a call of the proxy.
+    fn build_scored(
+        &self,
+        batches: impl Iterator<Item = Result<Vec<Document>, Error>> + Send,
+        proxy: &dyn Proxy,
+        outgoing: &Outgoing,
+    ) -> Result<TaskCounts, Error> {
+        let mut counts = TaskCounts::new(self.settings.top_k);
+        let mut queue = Queue::default();
+        ordered_map(
+            batches,
+            |batch| Ok(self.cut(&batch?)),
+            |cut: Result<_, Error>| {
+                let (pieces, part) = cut?;
+                counts += &part;
+                for piece in pieces {
+                    if let Some(ready) = queue.push(piece) {
+                        send(outgoing, self.finish(ready, proxy, &mut counts)?)?;
+                    }
+                }
+                Ok::<(), Error>(())
+            },
+        )?;
+        send(outgoing, self.finish(queue.pieces, proxy, &mut counts)?)?;
+        Ok(counts)
     }
 
-    /// Lets a piece wait for the proxy; returns those that waited when they fill a call.
-    fn enqueue(&self, piece: Piece, waiting: &mut Vec<Piece>, counts: &mut TaskCounts) -> Option<Vec<Piece>> {
+    /// The pieces of documents that are long enough for a position.
+    fn cut(&self, batch: &[Document]) -> (Vec<Piece>, TaskCounts) {
+        let cutter = Cutter { tokenizer: self.tokenizer, length: self.settings.max_document_tokens };
+        let mut counts = TaskCounts::new(self.settings.top_k);
+        let mut pieces = Vec::new();
+        for document in batch {
+            let cut = cutter.cut(document, &mut counts);
+            pieces.extend(cut.into_iter().filter(|piece| self.is_long_enough(piece, &mut counts)));
+        }
+        (pieces, counts)
+    }
+
+    fn is_long_enough(&self, piece: &Piece, counts: &mut TaskCounts) -> bool {
         let needed =
             if self.keep_marked && !piece.marks.is_empty() { 1 } else { self.settings.min_context.max(1) };
         if piece.own <= needed {
             counts.dropped.pieces_too_short += 1;
             counts.dropped.tokens_before_min_context += piece.own as u64;
             counts.dropped.marks_not_selected += piece.marks.len() as u64;
-            return None;
         }
-        let tokens: usize = waiting.iter().map(|waiting| waiting.own).sum();
-        let is_full = !waiting.is_empty() && tokens + piece.own > TOKENS_PER_PROXY_CALL;
-        let ready = is_full.then(|| std::mem::take(waiting));
-        waiting.push(piece);
-        ready
+        piece.own > needed
     }
 
-    /// Scores pieces, chooses their positions and hands them to the writer.
-    fn finish(&self, pieces: Vec<Piece>, outgoing: &Outgoing, counts: &mut TaskCounts) -> Result<(), Error> {
-        if pieces.is_empty() {
-            return Ok(());
-        }
-        let (scores, longest) = (self.score(&pieces)?, pieces.iter().map(|piece| piece.own).max());
-        let blank = vec![PositionScore::default(); if scores.is_some() { 0 } else { longest.unwrap_or(0) }];
-        let select = |chunk: (usize, Vec<Piece>)| {
-            let (mut counts, first) = (TaskCounts::new(self.settings.top_k), chunk.0 * DOCUMENTS_AT_A_TIME);
-            let choose = |(at, piece): (usize, Piece)| {
-                let scores = match &scores {
-                    Some(scores) => &scores[first + at],
-                    None => &blank[..piece.own],
-                };
-                self.select(piece, scores, &mut counts)
-            };
-            let chosen: Vec<_> = chunk.1.into_iter().enumerate().filter_map(choose).collect();
-            (chosen, counts)
+    /// Scores pieces and chooses their positions.
+    fn finish(
+        &self,
+        pieces: Vec<Piece>,
+        proxy: &dyn Proxy,
+        counts: &mut TaskCounts,
+    ) -> Result<Vec<TaskDocument>, Error> {
+        let scores = self.score(&pieces, proxy)?;
+        let select = |(piece, scores): (Piece, Vec<PositionScore>)| {
+            let mut counts = TaskCounts::new(self.settings.top_k);
+            (self.select(piece, &scores, &mut counts), counts)
         };
-        let selected: Vec<_> = chunks(pieces).into_par_iter().enumerate().map(select).collect();
-        let documents = selected.into_iter().flat_map(|(documents, part)| {
+        let selected: Vec<_> = pieces.into_par_iter().zip(scores).map(select).collect();
+        let documents = selected.into_iter().filter_map(|(document, part)| {
             *counts += &part;
-            documents
+            document
         });
-        // Why the writer stopped is said when it is joined.
-        let stopped = |_| TasksError::io(Path::new("task shards"))(std::io::Error::other("writing stopped"));
-        Ok(outgoing.send(documents.collect()).map_err(stopped)?)
+        Ok(documents.collect())
     }
 
-    /// The scores of each piece's own tokens; nothing without a proxy.
-    fn score(&self, pieces: &[Piece]) -> Result<Option<Vec<Vec<PositionScore>>>, Error> {
-        let Some(proxy) = self.proxy else { return Ok(None) };
+    /// The scores of each piece's own tokens.
+    fn score(&self, pieces: &[Piece], proxy: &dyn Proxy) -> Result<Vec<Vec<PositionScore>>, Error> {
         let inputs: Vec<Vec<u32>> =
             pieces.iter().map(|piece| [&self.proxy_header, &piece.tokens[..piece.own]].concat()).collect();
         let mut scores = proxy.score(&inputs, self.settings.top_k)?;
@@ -163,7 +174,7 @@ impl TaskBuilder<'_> {
             check_length("scores", scores.len(), input.len())?;
             scores.drain(..self.proxy_header.len());
         }
-        Ok(Some(scores))
+        Ok(scores)
     }
 
     /// Chooses the positions of a scored piece.
@@ -195,39 +206,28 @@ impl TaskBuilder<'_> {
     }
 }
 
-/// Pieces in chunks of [`DOCUMENTS_AT_A_TIME`].
-fn chunks(pieces: Vec<Piece>) -> Vec<Vec<Piece>> {
-    let mut pieces = pieces.into_iter();
-    let chunk = || {
-        Some(pieces.by_ref().take(DOCUMENTS_AT_A_TIME).collect()).filter(|chunk: &Vec<_>| !chunk.is_empty())
-    };
-    std::iter::from_fn(chunk).collect()
+/// Pieces that wait for the proxy.
+#[derive(Default)]
+struct Queue {
+    pieces: Vec<Piece>,
+    tokens: usize,
 }
 
-/// Reads documents, about [`BYTES_PER_BATCH`] of text at a time, until they end or nobody wants more.
-fn read(
-    mut documents: impl Iterator<Item = Result<Document, Error>>,
-    batches: &SyncSender<Result<Vec<Document>, Error>>,
-) {
-    loop {
-        let batch = next_batch(&mut documents);
-        let is_last = batch.as_ref().map_or(true, Vec::is_empty);
-        if batches.send(batch).is_err() || is_last {
-            return;
-        }
+impl Queue {
+    /// Adds a piece; returns those before it when it would overfill their call.
+    fn push(&mut self, piece: Piece) -> Option<Vec<Piece>> {
+        let is_full = !self.pieces.is_empty() && self.tokens + piece.own > TOKENS_PER_PROXY_CALL;
+        let ready = is_full.then(|| std::mem::take(self).pieces);
+        self.tokens += piece.own;
+        self.pieces.push(piece);
+        ready
     }
 }
 
-fn next_batch(documents: &mut impl Iterator<Item = Result<Document, Error>>) -> Result<Vec<Document>, Error> {
-    let (mut batch, mut bytes) = (Vec::new(), 0);
-    while bytes < BYTES_PER_BATCH
-        && let Some(document) = documents.next()
-    {
-        let document = document?;
-        bytes += document.text.len().max(1);
-        batch.push(document);
-    }
-    Ok(batch)
+fn send(outgoing: &Outgoing, documents: Vec<TaskDocument>) -> Result<(), Error> {
+    // Why the writer stopped is said when it is joined.
+    let stopped = |_| TasksError::io(Path::new("task shards"))(std::io::Error::other("writing stopped"));
+    Ok(outgoing.send(documents).map_err(stopped)?)
 }
 
 fn write(finished: &Receiver<Vec<TaskDocument>>, writer: &mut ShardWriter) -> Result<(), TasksError> {

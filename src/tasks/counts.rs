@@ -63,6 +63,7 @@ impl AddAssign<&Self> for TaskCounts {
 impl AddAssign<&Self> for Dropped {
     fn add_assign(&mut self, part: &Self) {
         self.empty_documents += part.empty_documents;
+        self.documents_not_encoded += part.documents_not_encoded;
         self.pieces_too_short += part.pieces_too_short;
         self.pieces_without_position += part.pieces_without_position;
         self.tokens_before_min_context += part.tokens_before_min_context;
@@ -84,6 +85,9 @@ impl AddAssign<&Self> for Dropped {
 pub struct Dropped {
     /// Documents without a token.
     pub empty_documents: u64,
+    /// Documents that the tokenizer refused; their marks are not counted.
+    #[serde(default)]
+    pub documents_not_encoded: u64,
     /// Pieces not longer than the least context.
     pub pieces_too_short: u64,
     /// Longer pieces without a position.
@@ -132,9 +136,10 @@ impl std::fmt::Display for Dropped {
 
 impl Dropped {
     /// Every reason with its count.
-    pub fn reasons(&self) -> [(&'static str, u64); 14] {
+    pub fn reasons(&self) -> [(&'static str, u64); 15] {
         [
             ("empty_documents", self.empty_documents),
+            ("documents_not_encoded", self.documents_not_encoded),
             ("pieces_too_short", self.pieces_too_short),
             ("pieces_without_position", self.pieces_without_position),
             ("tokens_before_min_context", self.tokens_before_min_context),
@@ -272,7 +277,7 @@ mod tests {
         let one: Dropped = serde_json::from_value(one.into()).unwrap();
         let mut two = one.clone();
         two += &one;
-        assert_eq!(two.reasons().map(|(_, count)| count), [2; 14]);
+        assert_eq!(two.reasons().map(|(_, count)| count), [2; 15]);
         assert_eq!(two.reasons().map(|(name, _)| name).to_vec(), names);
     }
 

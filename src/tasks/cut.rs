@@ -2,7 +2,7 @@
 
 use super::TaskCounts;
 use crate::corpus::{Document, Mark};
-use crate::tokenize::{TokenizeError, Tokenizer};
+use crate::tokenize::Tokenizer;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
@@ -29,17 +29,13 @@ pub(super) struct Cutter<'a> {
 }
 
 impl Cutter<'_> {
-    /// The pieces of a document.
-    ///
-    /// # Errors
-    /// Fails when its text cannot be encoded.
-    pub(super) fn cut(
-        &self,
-        document: &Document,
-        counts: &mut TaskCounts,
-    ) -> Result<Vec<Piece>, TokenizeError> {
-        let tokens = self.tokenizer.encode_document(&document.text)?;
+    /// The pieces of a document; none of one that cannot be encoded.
+    pub(super) fn cut(&self, document: &Document, counts: &mut TaskCounts) -> Vec<Piece> {
         counts.documents += 1;
+        let Ok(tokens) = self.tokenizer.encode_document(&document.text) else {
+            counts.dropped.documents_not_encoded += 1;
+            return Vec::new();
+        };
         counts.tokens += tokens.len() as u64;
         counts.dropped.empty_documents += u64::from(tokens.is_empty());
         let marks = self.place_marks(document, &tokens, counts);
@@ -48,7 +44,7 @@ impl Cutter<'_> {
         for piece in &pieces {
             counts.lengths.add(piece.own);
         }
-        Ok(pieces)
+        pieces
     }
 
     /// A document that needs no cut keeps its name.

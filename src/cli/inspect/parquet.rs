@@ -23,12 +23,11 @@ pub(super) fn inspect(
     samples: usize,
 ) -> rpt::Result<Value> {
     let corpus = Corpus::open(&CorpusConfig {
-        source: source.into(),
         text_column: text_column.into(),
-        id_column: None,
         max_quarantined: u64::MAX,
         min_bytes: 0,
         max_documents,
+        ..CorpusConfig::new(source)
     })?;
     let files: Vec<PathBuf> = corpus.files().map(Path::to_path_buf).collect();
     let mut documents = corpus.documents();

@@ -116,6 +116,7 @@ pub(super) fn resolve(source: &str) -> Result<Vec<SourceFile>, CorpusError> {
     let file = |Listed { key, length, tag }: Listed| SourceFile {
         path: PathBuf::from(format!("{}{key}", address.root)),
         name: store.name(key.get(base..).unwrap_or_default()),
+        part: 0,
         place: Place::Remote(RemoteObject {
             store: store.clone(),
             key,
