@@ -130,7 +130,10 @@ mod tests {
 
     #[test]
     fn results_come_in_order_however_long_each_takes() {
-        let busy = |n: u64| (0..(n * 7919) % 5000).fold(n, |sum, k| sum ^ (k * sum)) & 0 | n;
+        let busy = |n: u64| {
+            (0..(n * 7919) % 5000).for_each(|k| drop(std::hint::black_box(k.to_string())));
+            n
+        };
         let mut seen = Vec::new();
         let done: Result<(), ()> = ordered_map(0..500, busy, |n| {
             seen.push(n);

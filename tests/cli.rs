@@ -236,14 +236,14 @@ fn a_rollout_says_the_log_probabilities_that_logprobs_says() {
 }
 
 #[test]
-fn parquet_files_are_inspected() {
+fn corpora_are_inspected() {
     let directory = tempfile::tempdir().unwrap();
     let texts = texts(7);
     write_texts(&directory.path().join("a.parquet"), &texts);
     write_texts(&directory.path().join("b.parquet"), &[]);
     fs::write(directory.path().join("c.parquet"), "PAR1 not really PAR1").unwrap();
     let found = json(&succeeds(["inspect", "--json", directory.path().to_str().unwrap()]));
-    assert_eq!(found["kind"], "parquet");
+    assert_eq!(found["kind"], "corpus");
     assert_eq!(found["documents"], 7);
     assert_eq!(found["bytes"], texts.iter().map(String::len).sum::<usize>());
     assert_eq!(found["columns"]["text"], "Utf8");
@@ -253,7 +253,12 @@ fn parquet_files_are_inspected() {
     let glob = directory.path().join("[b].parquet");
     assert_eq!(json(&succeeds(["inspect", "--json", glob.to_str().unwrap()]))["documents"], 0);
     let people = succeeds(["inspect", directory.path().to_str().unwrap(), "--samples", "1"]);
-    assert!(people.contains("documents: 7\n"), "{people}");
+    assert!(people.contains("documents: 7\n") && people.contains("length of the documents"), "{people}");
+    let lines = directory.path().join("d.jsonl");
+    fs::write(&lines, "{\"name\": 3, \"text\": \"four\"}\n\n{\"text\": \"of sixteen bytes\"}\n").unwrap();
+    let found = json(&succeeds(["inspect", "--json", lines.to_str().unwrap()]));
+    assert_eq!((&found["columns"]["name"], &found["listed"][0]["bytes"]), (&"JSON".into(), &58.into()));
+    assert_eq!((&found["dropped"]["blank_line"], &found["lengths"]["bins"][4]), (&1.into(), &1.into()));
     let column = rpt(["inspect", directory.path().to_str().unwrap(), "--text-column", "txt"]);
     refuses(&column, 1, &["txt", "did you mean `text`?"]);
     refuses(&rpt(["inspect", "no/such/thing"]), 1, &["no/such/thing"]);

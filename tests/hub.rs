@@ -417,7 +417,11 @@ fn datasets_are_their_parquet_files_or_those_that_are_named() {
 
     place.hub.publish("datasets/someone/csv", "main", [("a.csv".into(), small("a,b\n"))].into());
     let refused = place.rpt(&["inspect", "hf://datasets/someone/csv"]);
-    refuses(&refused, 1, &["no parquet files", "try hf://datasets/someone/csv@refs/convert/parquet"]);
+    refuses(
+        &refused,
+        1,
+        &["no parquet or JSON-lines files", "try hf://datasets/someone/csv@refs/convert/parquet"],
+    );
 }
 
 #[test]

@@ -129,11 +129,10 @@ fn positions_have_the_proxy_s_scores_and_lie_in_the_band() {
     let built = build(&settings(), &[document("a", TEXT), document("empty", ""), document("short", "The")]);
     let documents = built.documents();
     assert_eq!(documents.len(), 1);
-    let TaskDocument { id, tokens, byte_lengths, ends_document, positions } = &documents[0];
+    let TaskDocument { id, tokens, ends_document, positions } = &documents[0];
     assert!(ends_document);
     assert_eq!((id.as_str(), positions.len()), ("a", 3));
     assert_eq!(tokenizer().decode_lossy(tokens), TEXT);
-    assert_eq!(byte_lengths.iter().sum::<u32>() as usize, TEXT.len());
     for position in positions {
         // The header shifts the proxy's indices by one token.
         assert_eq!(position.proxy_top, position.index + 1);
@@ -366,7 +365,6 @@ fn sample(number: u32, positions: u32) -> TaskDocument {
     };
     TaskDocument {
         id: format!("document {number} é"),
-        byte_lengths: tokens.iter().map(|token| token % 5).collect(),
         tokens,
         ends_document: number.is_multiple_of(2),
         positions: (0..positions).map(position).collect(),
@@ -533,7 +531,7 @@ fn damaged_manifests_are_refused() {
         read_damaged(built.directory.path()).unwrap_err()
     };
     assert!(matches!(
-        with("\"schema_version\": 3", "\"schema_version\": 1"),
+        with("\"schema_version\": 4", "\"schema_version\": 1"),
         TasksError::Version { found: 1, .. }
     ));
     for (from, to) in [
@@ -556,11 +554,12 @@ fn the_truth_is_the_text_from_the_position_on() {
     let document = Arc::new(built.documents().remove(0));
     for position in 0..document.positions.len() {
         let task = Task { ordinal: 0, epoch: 0, document: Arc::clone(&document), position };
-        let before: u32 = document.byte_lengths[..task.position().index as usize].iter().sum();
+        let (before, rest) = document.tokens.split_at(task.position().index as usize);
+        let before = tokenizer().decode_bytes(before).len();
         let truth = Truth::of(&task, tokenizer());
         assert!(truth.ends_document);
-        assert_eq!(truth.bytes, &TEXT.as_bytes()[before as usize..]);
-        assert_eq!(truth.boundaries[0], document.byte_lengths[task.position().index as usize]);
+        assert_eq!(truth.bytes, &TEXT.as_bytes()[before..]);
+        assert_eq!(truth.boundaries[0], tokenizer().token_bytes(rest[0]).len() as u32);
         assert_eq!(truth.boundaries.last().copied(), Some(truth.bytes.len() as u32));
         assert!(truth.boundaries.windows(2).all(|pair| pair[0] < pair[1]));
     }
@@ -597,11 +596,9 @@ fn only_the_last_piece_of_a_document_ends_it() {
 fn the_truth_of_an_early_position_is_capped() {
     let tokens = tokenizer().encode_document(&[TEXT; 9].join(" ")).unwrap();
     let position = Position { index: 1, entropy: 1.0, truth_probability: 0.1, proxy_top: 0, label: None };
-    let byte_lengths = tokens.iter().map(|&token| tokenizer().token_bytes(token).len() as u32).collect();
     let document = TaskDocument {
         id: "a".into(),
         tokens: tokens.clone(),
-        byte_lengths,
         ends_document: true,
         positions: vec![position],
     };

@@ -67,6 +67,18 @@ impl LinesFile {
         })
     }
 
+    /// The keys of the first object among the first lines.
+    pub(super) fn first_keys(&self) -> Vec<String> {
+        let Ok(mut lines) = self.lines(&Columns::keys("", None), 0) else { return Vec::new() };
+        let mut found = Vec::new();
+        lines.batch(|line| {
+            if let (Ok(line), true) = (line, found.is_empty()) {
+                found = keys(line);
+            }
+        });
+        found
+    }
+
     /// Whether any of the first lines has the columns. Where none has, they are misnamed.
     pub(super) fn check(&self, path: &Path, columns: &Columns) -> Result<(), CorpusError> {
         let unreadable = |reason| CorpusError::Unreadable { file: path.to_path_buf(), reason };

@@ -12,6 +12,8 @@ use std::path::Path;
 /// A source of a corpus, with what holds for all of its files.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Part {
+    /// Its name in the mixture; empty where there is none.
+    pub(super) name: String,
     pub(super) text_column: String,
     pub(super) id_column: Option<String>,
     /// Share of its documents that is read.
@@ -28,6 +30,7 @@ impl Part {
 /// read only where weights turn on them.
 pub(super) fn open(config: &CorpusConfig) -> Result<(Vec<SourceFile>, Vec<Part>), CorpusError> {
     let whole = Part {
+        name: String::new(),
         text_column: config.text_column.clone(),
         id_column: config.id_column.clone(),
         rate: config.rate.unwrap_or(1.0),
@@ -37,7 +40,7 @@ pub(super) fn open(config: &CorpusConfig) -> Result<(Vec<SourceFile>, Vec<Part>)
     }
     let (mut files, mut parts, mut sizes) = (Vec::new(), Vec::new(), Vec::new());
     for (number, (name, source)) in config.mixture.iter().enumerate() {
-        let part = part(source, &whole);
+        let part = part(name, source, &whole);
         let resolved = resolve(&source.source)?;
         let named =
             |file: SourceFile| SourceFile { name: format!("{name}/{}", file.name), part: number, ..file };
@@ -52,8 +55,9 @@ pub(super) fn open(config: &CorpusConfig) -> Result<(Vec<SourceFile>, Vec<Part>)
     Ok((files, parts))
 }
 
-fn part(source: &MixtureSource, whole: &Part) -> Part {
+fn part(name: &str, source: &MixtureSource, whole: &Part) -> Part {
     Part {
+        name: name.to_owned(),
         text_column: source.text_column.clone().unwrap_or_else(|| whole.text_column.clone()),
         id_column: source.id_column.clone().or_else(|| whole.id_column.clone()),
         rate: whole.rate * source.rate.unwrap_or(1.0),

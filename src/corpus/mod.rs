@@ -35,6 +35,7 @@ mod remote;
 mod row_groups;
 mod shard;
 mod source;
+mod summary;
 mod thrift;
 mod traces;
 mod units;
@@ -45,6 +46,8 @@ pub use duplicates::{DuplicateSearch, Duplicates};
 pub use error::CorpusError;
 pub use generated::generated_recipe;
 pub use reader::{Corpus, Cursor, Documents};
+pub(crate) use source::has_known_ending;
+pub use summary::FileSummary;
 pub use traces::read_traces;
 pub use units::{SourceRange, Unit};
 

@@ -81,6 +81,11 @@ impl Corpus {
         &self.parts[file.part]
     }
 
+    /// The share of documents that is read of each source of a mixture, by its name.
+    pub fn rates(&self) -> impl Iterator<Item = (&str, f64)> {
+        self.parts.iter().filter(|part| !part.name.is_empty()).map(|part| (part.name.as_str(), part.rate))
+    }
+
     /// Which documents are read and how, in words: with [`Corpus::fingerprint`], all that decides what the
     /// stream of documents is.
     pub fn reading(&self) -> String {

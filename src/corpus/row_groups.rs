@@ -47,6 +47,11 @@ impl ParquetFile {
         &self.schema
     }
 
+    /// Bytes of the file.
+    pub(super) fn length(&self) -> u64 {
+        self.blob.length()
+    }
+
     pub(super) fn row_groups(&self) -> usize {
         self.metadata.num_row_groups()
     }

@@ -18,6 +18,11 @@ const ENDINGS: [(&str, Format); 9] = [
     (".json.zst", Format::Lines(Compression::Zstd)),
 ];
 
+/// Whether directories are searched for files of such a name.
+pub(crate) fn has_known_ending(name: &str) -> bool {
+    Format::of(name).is_some()
+}
+
 /// How a file holds its documents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Format {

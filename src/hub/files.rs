@@ -29,7 +29,7 @@ pub enum Selection {
     Tokenizer,
     /// The configuration of a model alone.
     Configuration,
-    /// The parquet files of a dataset that the reference names.
+    /// The parquet files of a dataset that the reference names or, where it names none, those of JSON lines.
     Dataset,
 }
 
@@ -43,18 +43,20 @@ impl Selection {
         reference: &HubReference,
         names: &BTreeSet<&str>,
     ) -> Result<Vec<String>, HubError> {
-        let wanted: Vec<String> = names
-            .iter()
-            .filter(|name| self.wants(reference, names, name))
-            .map(|name| (*name).to_owned())
-            .collect();
+        let wanted = |wants: &dyn Fn(&str) -> bool| -> Vec<String> {
+            names.iter().filter(|name| wants(name)).map(|name| (*name).to_owned()).collect()
+        };
+        let mut wanted_names = wanted(&|name| self.wants(reference, names, name));
+        if self == Self::Dataset && wanted_names.is_empty() {
+            wanted_names = wanted(&|name| is_of_corpus(name) && is_named(reference.files.as_deref(), name));
+        }
         let has = |name: &str| names.contains(name);
         match self {
-            Self::Dataset if wanted.is_empty() => Err(no_parquet(reference)),
+            Self::Dataset if wanted_names.is_empty() => Err(no_parquet(reference)),
             Self::Model | Self::Configuration if !has(CONFIGURATION) => Err(lacks(reference, CONFIGURATION)),
             Self::Tokenizer if !has(TOKENIZER) => Err(lacks(reference, TOKENIZER)),
             Self::Model if !has(INDEX) && !has(WEIGHTS) => Err(no_safetensors(reference)),
-            _ => Ok(wanted),
+            _ => Ok(wanted_names),
         }
     }
 
@@ -67,7 +69,9 @@ impl Selection {
                 let weights = if names.contains(INDEX) { INDEX } else { WEIGHTS };
                 name == weights || is_about(name) || Self::Tokenizer.wants(reference, names, name)
             }
-            Self::Dataset => is_parquet(name) && is_named(reference.files.as_deref(), name),
+            Self::Dataset => {
+                is_of_corpus(name) && is_parquet(name) && is_named(reference.files.as_deref(), name)
+            }
         }
     }
 }
@@ -78,10 +82,12 @@ pub(super) fn is_about(name: &str) -> bool {
 }
 
 /// As the reader of corpora sees it: hidden files are none of a corpus.
+fn is_of_corpus(name: &str) -> bool {
+    crate::corpus::has_known_ending(name) && !name.split('/').any(|part| part.starts_with('.'))
+}
+
 fn is_parquet(name: &str) -> bool {
-    let extension = std::path::Path::new(name).extension();
-    extension.is_some_and(|extension| extension == "parquet")
-        && !name.split('/').any(|part| part.starts_with('.'))
+    std::path::Path::new(name).extension().is_some_and(|extension| extension == "parquet")
 }
 
 /// Whether a file is meant by the files of a reference: itself, its directory, or a glob.
@@ -150,8 +156,8 @@ fn no_safetensors(reference: &HubReference) -> HubError {
 
 fn no_parquet(reference: &HubReference) -> HubError {
     let message = match &reference.files {
-        Some(files) => format!("has no parquet files that {files} names"),
-        None => "has no parquet files".into(),
+        Some(files) => format!("has no parquet or JSON-lines files that {files} names"),
+        None => "has no parquet or JSON-lines files".into(),
     };
     let converted = HubReference { files: None, ..reference.at("refs/convert/parquet") };
     let hint = format!("the Hub converts most datasets: try {converted}");
@@ -209,6 +215,14 @@ mod tests {
         assert_eq!(found("/data/train-*.parquet").unwrap(), ["data/train-0.parquet"]);
         assert_eq!(found("/more/*.parquet").map_or(0, |found| found.len()), 0);
         assert_eq!(found("/**/x.parquet").unwrap(), ["more/deep/x.parquet"]);
+        assert_eq!(
+            select(Selection::Dataset, "hf://datasets/o/n", &["a.jsonl.gz", "b.csv"]).unwrap(),
+            ["a.jsonl.gz"]
+        );
+        assert_eq!(
+            select(Selection::Dataset, "hf://datasets/o/n", &["a.jsonl", "b.parquet"]).unwrap(),
+            ["b.parquet"]
+        );
         let error = select(Selection::Dataset, "hf://datasets/o/n", &["a.csv"]).unwrap_err();
         assert!(error.hint().unwrap().contains("hf://datasets/o/n@refs/convert/parquet"), "{error}");
     }

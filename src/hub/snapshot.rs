@@ -171,7 +171,7 @@ fn not_cached(
         Selection::Model => "config.json, tokenizer.json, tokenizer_config.json and the safetensors files",
         Selection::Tokenizer => "tokenizer.json and tokenizer_config.json",
         Selection::Configuration => "config.json",
-        Selection::Dataset => "the parquet files",
+        Selection::Dataset => "the parquet or JSON-lines files",
     };
     let commit = cache.commit(&reference.revision).ok().flatten();
     let noted = match &commit {

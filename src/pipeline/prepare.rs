@@ -162,6 +162,9 @@ fn build_units(
     share: Share,
 ) -> Result<Option<Manifest>, Error> {
     let corpus = open_corpus(run, &split.source, share)?;
+    for (name, rate) in corpus.rates() {
+        run.log.say(format!("reads {:.1} % of the documents of {name}", 100.0 * rate));
+    }
     // A limit on documents counts from the start of the corpus.
     let unit_bytes =
         if split.settings.max_documents.is_some() { u64::MAX } else { split.settings.unit_bytes };

@@ -200,9 +200,7 @@ impl TaskBuilder<'_> {
             return None;
         }
         let Piece { id, tokens, ends_document, .. } = piece;
-        let byte_lengths =
-            tokens.iter().map(|&token| self.tokenizer.token_bytes(token).len() as u32).collect();
-        Some(TaskDocument { id, tokens, byte_lengths, ends_document, positions })
+        Some(TaskDocument { id, tokens, ends_document, positions })
     }
 }
 

@@ -10,9 +10,8 @@ use arrow::error::ArrowError;
 use std::sync::Arc;
 
 /// The columns that hold lists, with the type of their items.
-const LISTS: [(&str, DataType); 7] = [
+const LISTS: [(&str, DataType); 6] = [
     ("tokens", DataType::UInt32),
-    ("byte_lengths", DataType::UInt32),
     ("position_index", DataType::UInt32),
     ("position_entropy", DataType::Float32),
     ("position_truth_probability", DataType::Float32),
@@ -37,14 +36,12 @@ pub(super) fn schema(fingerprints: &Fingerprints) -> Schema {
 pub(super) fn encode(schema: &Arc<Schema>, documents: &[TaskDocument]) -> Result<RecordBatch, ArrowError> {
     let ids: StringArray = documents.iter().map(|document| Some(document.id.as_str())).collect();
     let ends: BooleanArray = documents.iter().map(|document| Some(document.ends_document)).collect();
-    let numbers = |of: fn(&TaskDocument) -> &[u32]| number_lists(documents, of);
     let words = |of: fn(&Position) -> u32| word_lists(documents, of);
     let reals = |of: fn(&Position) -> f32| real_lists(documents, of);
     let columns: Vec<ArrayRef> = vec![
         Arc::new(ids),
         Arc::new(ends),
-        numbers(|document| &document.tokens),
-        numbers(|document| &document.byte_lengths),
+        token_lists(documents),
         words(|position| position.index),
         reals(|position| position.entropy),
         reals(|position| position.truth_probability),
@@ -54,11 +51,11 @@ pub(super) fn encode(schema: &Arc<Schema>, documents: &[TaskDocument]) -> Result
     RecordBatch::try_new(Arc::clone(schema), columns)
 }
 
-fn number_lists(documents: &[TaskDocument], of: fn(&TaskDocument) -> &[u32]) -> ArrayRef {
-    let numbers = documents.iter().map(|document| of(document).len()).sum();
-    let mut lists = ListBuilder::new(UInt32Builder::with_capacity(numbers));
+fn token_lists(documents: &[TaskDocument]) -> ArrayRef {
+    let tokens = documents.iter().map(|document| document.tokens.len()).sum();
+    let mut lists = ListBuilder::new(UInt32Builder::with_capacity(tokens));
     for document in documents {
-        lists.values().append_slice(of(document));
+        lists.values().append_slice(&document.tokens);
         lists.append(true);
     }
     Arc::new(lists.finish())
@@ -102,11 +99,11 @@ pub(super) fn decode(batch: &RecordBatch, row: usize) -> Result<TaskDocument, St
     let id = strings(batch.column(0).as_ref())?.value(row).to_owned();
     let ends_document = batch.column(1).as_boolean_opt().ok_or("a column is not a truth value")?.value(row);
     let list = |column: usize| list_at(batch.column(column).as_ref(), row);
-    let indices = primitives::<UInt32Type>(&list(4)?)?;
-    let entropies = primitives::<Float32Type>(&list(5)?)?;
-    let probabilities = primitives::<Float32Type>(&list(6)?)?;
-    let tops = primitives::<UInt32Type>(&list(7)?)?;
-    let labels = list(8)?;
+    let indices = primitives::<UInt32Type>(&list(3)?)?;
+    let entropies = primitives::<Float32Type>(&list(4)?)?;
+    let probabilities = primitives::<Float32Type>(&list(5)?)?;
+    let tops = primitives::<UInt32Type>(&list(6)?)?;
+    let labels = list(7)?;
     let labels = strings(labels.as_ref())?;
     let count = indices.len();
     if [entropies.len(), probabilities.len(), tops.len(), labels.len()] != [count; 4] {
@@ -121,7 +118,6 @@ pub(super) fn decode(batch: &RecordBatch, row: usize) -> Result<TaskDocument, St
     };
     let document = TaskDocument {
         tokens: primitives::<UInt32Type>(&list(2)?)?,
-        byte_lengths: primitives::<UInt32Type>(&list(3)?)?,
         ends_document,
         positions: (0..count).map(position).collect(),
         id,
@@ -131,11 +127,9 @@ pub(super) fn decode(batch: &RecordBatch, row: usize) -> Result<TaskDocument, St
 }
 
 fn check(document: &TaskDocument) -> Result<(), String> {
-    let TaskDocument { id, tokens, byte_lengths, positions, .. } = document;
+    let TaskDocument { id, tokens, positions, .. } = document;
     let last = positions.last().ok_or_else(|| format!("row `{id}` has no position"))?;
-    if tokens.len() != byte_lengths.len() {
-        Err(format!("row `{id}` has {} tokens, but {} byte lengths", tokens.len(), byte_lengths.len()))
-    } else if !positions.windows(2).all(|pair| pair[0].index < pair[1].index) {
+    if !positions.windows(2).all(|pair| pair[0].index < pair[1].index) {
         Err(format!("row `{id}` has positions out of order"))
     } else if last.index as usize >= tokens.len() {
         Err(format!("row `{id}` has a position outside of its text"))

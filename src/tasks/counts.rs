@@ -86,7 +86,6 @@ pub struct Dropped {
     /// Documents without a token.
     pub empty_documents: u64,
     /// Documents that the tokenizer refused; their marks are not counted.
-    #[serde(default)]
     pub documents_not_encoded: u64,
     /// Pieces not longer than the least context.
     pub pieces_too_short: u64,
@@ -166,7 +165,7 @@ pub struct LengthHistogram {
 
 impl LengthHistogram {
     /// Counts a length of at least 1.
-    pub(super) fn add(&mut self, length: usize) {
+    pub fn add(&mut self, length: usize) {
         let Some(bin) = length.checked_ilog2() else { return };
         let bins = self.bins.len().max(bin as usize + 1);
         self.bins.resize(bins, 0);

@@ -9,7 +9,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Version of the shards' schema and of the manifest.
-pub const SCHEMA_VERSION: u32 = 3;
+pub const SCHEMA_VERSION: u32 = 4;
 
 const FILE_NAME: &str = "tasks.json";
 /// What the names of files and directories end with that are not whole.

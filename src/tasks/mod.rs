@@ -144,8 +144,6 @@ pub struct TaskDocument {
     pub id: String,
     /// Token ids, without header or footer.
     pub tokens: Vec<u32>,
-    /// Bytes of text behind each token.
-    pub byte_lengths: Vec<u32>,
     /// The tokens run to the end of the document; else it is a piece that more text follows.
     pub ends_document: bool,
     /// Candidate positions, ascending by index.

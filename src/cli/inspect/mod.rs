@@ -1,8 +1,8 @@
 //! `rpt inspect`: what a file or directory holds. One file for each kind of thing.
 
+mod corpus;
 mod generated;
 mod model;
-mod parquet;
 mod rollouts;
 mod run;
 mod tasks;
@@ -16,13 +16,13 @@ use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Parquet file, directory or glob; generated corpus; task, model, run, rollout or checkpoint directory;
+    /// Corpus: a parquet or JSON-lines file, directory, glob or address in a store; generated corpus; task, model, run, rollout or checkpoint directory;
     /// `hf://owner/name` or `hf://datasets/owner/name`
     path: PathBuf,
-    /// Column that holds the text of parquet files
+    /// Column or key that holds the text of a corpus
     #[arg(long, value_name = "NAME", default_value = "text")]
     text_column: String,
-    /// Read at most so many documents of parquet files
+    /// Read at most so many documents of a corpus
     #[arg(long, value_name = "N")]
     max_documents: Option<u64>,
     /// Documents or tasks to show
@@ -44,7 +44,7 @@ enum Kind {
     Generated,
     Model,
     Rollouts,
-    Parquet,
+    Corpus,
 }
 
 impl Kind {
@@ -61,7 +61,7 @@ impl Kind {
         match found {
             Some((_, kind)) => kind,
             None if is_rollout_log(path) => Self::Rollouts,
-            None => Self::Parquet,
+            None => Self::Corpus,
         }
     }
 }
@@ -83,19 +83,20 @@ impl Arguments {
             Kind::Generated => generated::inspect(&path, self.samples)?,
             Kind::Model => model::inspect(&path)?,
             Kind::Rollouts => rollouts::inspect(&path, self.samples)?,
-            Kind::Parquet => self.parquet(&path)?,
+            Kind::Corpus => self.corpus(&path)?,
         };
         match kind {
             Kind::Tasks if !self.json => output::data(tasks::for_people(&value).as_bytes()),
+            Kind::Corpus if !self.json => output::data(corpus::for_people(&value).as_bytes()),
             _ => output::value(&value, self.json),
         }
     }
 
-    fn parquet(&self, path: &Path) -> anyhow::Result<Value> {
+    fn corpus(&self, path: &Path) -> anyhow::Result<Value> {
         let source = path.to_str().ok_or_else(|| {
             Usage::new(format!("{} is not UTF-8", path.display()), "rename it, or name its directory")
         })?;
-        Ok(parquet::inspect(source, &self.text_column, self.max_documents, self.samples)?)
+        Ok(corpus::inspect(source, &self.text_column, self.max_documents, self.samples)?)
     }
 }
 

@@ -7,6 +7,7 @@ use rpt::tasks::{
     EntropyHistogram, Fingerprints, LengthHistogram, Manifest, PromptTemplate, TaskDocument, TaskShards,
 };
 use rpt::tokenize::Tokenizer;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -154,11 +155,7 @@ pub(super) fn for_people(value: &Value) -> String {
         map.retain(|key, _| !matches!(key.as_str(), "lengths" | "entropy" | "sample"));
     }
     let mut text = output::outline(&short);
-    if let Ok(lengths) = serde_json::from_value::<LengthHistogram>(value["lengths"].clone()) {
-        let name = |bin: usize| format!("{}-{}", 1_u128 << bin, (2_u128 << bin) - 1);
-        let bins = lengths.bins.iter().enumerate().map(|(bin, count)| (name(bin), *count)).collect();
-        text.push_str(&bars("length of the pieces (tokens):", bins));
-    }
+    text.push_str(&length_bars("length of the pieces (tokens):", &value["lengths"]));
     if let Ok(histogram) = serde_json::from_value::<EntropyHistogram>(value["entropy"].clone()) {
         text.push_str(&bars("entropy of all positions with enough context (nats):", bands(&histogram)));
     }
@@ -166,6 +163,13 @@ pub(super) fn for_people(value: &Value) -> String {
         text.push_str(&boundary(task));
     }
     text
+}
+
+/// Bars for a [`LengthHistogram`], if that is what the value is.
+pub(super) fn length_bars(title: &str, lengths: &Value) -> String {
+    let Ok(lengths) = LengthHistogram::deserialize(lengths) else { return String::new() };
+    let name = |bin: usize| format!("{}-{}", 1_u128 << bin, (2_u128 << bin) - 1);
+    bars(title, lengths.bins.iter().enumerate().map(|(bin, count)| (name(bin), *count)).collect())
 }
 
 /// Bands of entropy with their counts.

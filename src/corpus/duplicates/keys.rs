@@ -209,7 +209,9 @@ mod tests {
         let path = directory.path().join("unit.keys");
         let all = records(2_500_000);
         let mut writer = KeyWriter::new(File::create(&path).unwrap());
-        all.iter().for_each(|record| writer.push(*record).unwrap());
+        for record in &all {
+            writer.push(*record).unwrap();
+        }
         writer.finish().unwrap();
         let mut reader = KeyReader::open(&path).unwrap();
         let mut found = reader.drops().unwrap();
@@ -237,7 +239,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("unit.keys");
         let mut writer = KeyWriter::new(Vec::new());
-        records(1000).into_iter().for_each(|record| writer.push(record).unwrap());
+        for record in records(1000) {
+            writer.push(record).unwrap();
+        }
         let whole = writer.finish().unwrap();
         for length in [0, 23, 24, whole.len() - 8, whole.len() - 1] {
             std::fs::write(&path, &whole[..length]).unwrap();

@@ -61,7 +61,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     fn text(words: impl Iterator<Item = u64>) -> String {
-        words.map(|word| format!("w{word} ")).collect()
+        words.map(|word| format!("w{word}")).collect::<Vec<_>>().join(" ")
     }
 
     fn bands(text: &str, settings: &Deduplication) -> BTreeSet<u128> {
