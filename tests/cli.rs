@@ -149,7 +149,7 @@ fn pipeline_files_are_refused_with_a_place_and_a_hint() {
 #[test]
 fn logprobs_agree_with_transformers() {
     for name in ["qwen2-pico", "qwen3-pico", "llama-pico"] {
-        let Some(directory) = common::shared(&format!("peers/golden/{name}")) else { return };
+        let Some(directory) = common::shared::path(&format!("peers/golden/{name}")) else { return };
         let model = directory.to_str().unwrap();
         let golden: Value =
             serde_json::from_str(&fs::read_to_string(directory.join("golden.json")).unwrap()).unwrap();
@@ -179,7 +179,7 @@ fn logprobs_agree_with_transformers() {
 
 #[test]
 fn long_sequences_are_scored_as_their_prefixes_are() {
-    let Some(directory) = common::shared("peers/golden/qwen2-pico") else { return };
+    let Some(directory) = common::shared::path("peers/golden/qwen2-pico") else { return };
     let scores = |count: usize| {
         let ids: Vec<String> = (0..count).map(|at| (at * 37 % 500).to_string()).collect();
         json(&succeeds([
