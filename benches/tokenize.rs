@@ -4,12 +4,13 @@
 //! second that the thread works. Texts and tokenizers of `../shared` that are absent are left out.
 #![allow(clippy::print_stdout, clippy::unwrap_used, missing_docs)]
 
+#[path = "../tests/common/shared.rs"]
+mod shared;
+
 use rpt::tokenize::{Tokenizer, train_byte_level_bpe};
 use std::hint::black_box;
-use std::path::Path;
 use std::time::Instant;
 
-const SHARED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared");
 const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// Seconds that this thread has worked; where the system does not tell, seconds.
@@ -34,24 +35,6 @@ fn speed(texts: &[String], encode: impl Fn(&str) -> usize) -> f64 {
     });
     speeds.sort_by(f64::total_cmp);
     speeds[2]
-}
-
-/// The text column of a shared parquet file, row by row.
-fn corpus(file: &str) -> Vec<String> {
-    use parquet::file::reader::{FileReader, SerializedFileReader};
-    use parquet::record::RowAccessor;
-    let path = Path::new(SHARED).join("corpora").join(file);
-    let Ok(opened) = std::fs::File::open(&path) else {
-        println!("SKIPPED: {} is absent", path.display());
-        return Vec::new();
-    };
-    let reader = SerializedFileReader::new(opened).unwrap();
-    let rows = reader.get_row_iter(None).unwrap().map(Result::unwrap);
-    let text = |row: parquet::record::Row| {
-        let (place, _) = row.get_column_iter().enumerate().find(|(_, (name, _))| *name == "text").unwrap();
-        row.get_string(place).unwrap().clone()
-    };
-    rows.map(text).collect()
 }
 
 /// Sentences of made-up words, as frequent as words are (Zipf), with digits and lines.
@@ -113,13 +96,13 @@ fn compare(name: &str, json: &serde_json::Value, corpora: &[(&str, Vec<String>)]
 
 fn main() {
     let corpora = [
-        ("OmniMATH", corpus("omnimath-train.parquet")),
-        ("GSM8K", corpus("gsm8k-train.parquet")),
-        ("Shakespeare", corpus("tinyshakespeare.parquet")),
+        ("OmniMATH", shared::texts("omnimath-train.parquet")),
+        ("GSM8K", shared::texts("gsm8k-train.parquet")),
+        ("Shakespeare", shared::texts("tinyshakespeare.parquet")),
         ("synthetic", synthetic()),
     ];
-    let gpt2 = std::fs::read(Path::new(SHARED).join("tokenizers/gpt2/tokenizer.json"));
-    if let Ok(gpt2) = gpt2 {
+    if let Some(gpt2) = shared::path("tokenizers/gpt2/tokenizer.json") {
+        let gpt2 = std::fs::read(gpt2).unwrap();
         compare("GPT-2", &serde_json::from_slice(&gpt2).unwrap(), &corpora);
         let nfc = serde_json::json!({"type": "NFC"});
         compare(

@@ -6,7 +6,7 @@
 mod command;
 
 use arrow::array::{ArrayRef, Int64Array, StringArray};
-use command::{refuses, rpt, succeeds, texts, write_columns, write_texts};
+use command::{PIPELINE, refuses, rpt, succeeds, texts, write_columns, write_texts};
 use parquet::column::writer::ColumnWriter;
 use parquet::data_type::ByteArray;
 use parquet::file::properties::WriterProperties;
@@ -21,39 +21,6 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::sync::Arc;
 use tempfile::TempDir;
-
-const PIPELINE: &str = r#"
-seed = 3
-[corpus]
-source = "SOURCE"
-[tokenizer.train]
-vocab_size = 280
-[model.scratch]
-hidden_size = 16
-num_hidden_layers = 1
-num_attention_heads = 2
-intermediate_size = 32
-max_position_embeddings = 192
-[tasks]
-template = "plain"
-min_entropy = 0.0
-max_entropy = 3.0
-min_context = 4
-positions_per_document = 2
-max_document_tokens = 64
-[rollout]
-samples_per_task = 2
-max_new_tokens = 4
-[reward]
-answer = "rest"
-[train]
-steps = 2
-tasks_per_step = 2
-min_initial_reward = 0.0
-min_initial_mixed_groups = 0.0
-[run]
-checkpoint_every = 1
-"#;
 
 /// A pipeline that works, in a directory of its own.
 struct Bench {

@@ -38,6 +38,10 @@ fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap()
 }
 
+fn json_file(path: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
 fn numbers(value: &Value) -> Vec<f64> {
     value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
 }
@@ -48,6 +52,37 @@ fn write_model(directory: &Path) {
     let special = SpecialTokens::resolve(&tokenizer, &TokenizerConfig::default()).unwrap();
     common::model(0, tokenizer.vocab_size()).save(directory, &[special.eos], special.bos).unwrap();
     tokenizer.save(directory, &special).unwrap();
+}
+
+/// An untrained run's export, whose tokenizer is that of its base (a Qwen2), then another one.
+#[test]
+fn an_export_has_the_files_of_its_own_tokenizer() {
+    let place = tempfile::tempdir().unwrap();
+    let (base, other) = (place.path().join("base"), place.path().join("other"));
+    write_model(&base);
+    fs::write(base.join("vocab.json"), "{}").unwrap();
+    fs::write(base.join("LICENSE"), "terms").unwrap();
+    write_model(&other);
+    let text = fs::read_to_string(other.join("tokenizer.json")).unwrap();
+    fs::write(other.join("tokenizer.json"), text + "\n").unwrap();
+    for (own, model_type) in [(&base, "qwen2"), (&other, "llama")] {
+        let (run, out) = (place.path().join(model_type), place.path().join(format!("{model_type}-out")));
+        fs::create_dir(&run).unwrap();
+        let pipeline = format!(
+            "{}\n[tokenizer]\npath = '{}'\n[tasks]\ntemplate = 'plain'\nmax_document_tokens = 64\n\
+             [rollout]\nmax_new_tokens = 8\n",
+            PIPELINE.replace("\"m\"", &format!("'{}'", base.display())),
+            own.join("tokenizer.json").display()
+        );
+        fs::write(run.join("pipeline.toml"), pipeline).unwrap();
+        succeeds([Path::new("export"), &run, Path::new("--out"), &out]);
+        let config = json_file(&out.join("config.json"));
+        assert_eq!(config["model_type"], model_type);
+        let read = |directory: &Path| fs::read(directory.join("tokenizer.json")).unwrap();
+        assert_eq!(read(&out), read(own));
+        assert_eq!(out.join("vocab.json").exists(), model_type == "qwen2");
+        assert_eq!(fs::read_to_string(out.join("LICENSE")).unwrap(), "terms");
+    }
 }
 
 #[test]
@@ -114,7 +149,7 @@ fn pipeline_files_are_refused_with_a_place_and_a_hint() {
 #[test]
 fn logprobs_agree_with_transformers() {
     for name in ["qwen2-pico", "qwen3-pico", "llama-pico"] {
-        let Some(directory) = common::shared(&format!("peers/golden/{name}")) else { return };
+        let Some(directory) = common::shared::path(&format!("peers/golden/{name}")) else { return };
         let model = directory.to_str().unwrap();
         let golden: Value =
             serde_json::from_str(&fs::read_to_string(directory.join("golden.json")).unwrap()).unwrap();
@@ -144,7 +179,7 @@ fn logprobs_agree_with_transformers() {
 
 #[test]
 fn long_sequences_are_scored_as_their_prefixes_are() {
-    let Some(directory) = common::shared("peers/golden/qwen2-pico") else { return };
+    let Some(directory) = common::shared::path("peers/golden/qwen2-pico") else { return };
     let scores = |count: usize| {
         let ids: Vec<String> = (0..count).map(|at| (at * 37 % 500).to_string()).collect();
         json(&succeeds([

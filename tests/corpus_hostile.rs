@@ -1,10 +1,11 @@
 //! Whatever the files of a corpus hold, they are read, quarantined or refused: no panic escapes, nothing
 //! hangs, and nothing takes more than 512 MB.
 //!
-//! Each case damages valid files, by its number alone. `RPT_FUZZ_CASES` says how many cases of each kind
-//! run; `RPT_FUZZ_FIRST` is the number of the first, to repeat one that failed.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, missing_docs)]
+//! Each case damages valid files, by its number alone; `tests/common/fuzz.rs` says how to repeat one.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+#[path = "common/fuzz.rs"]
+mod fuzz;
 #[path = "common/meter.rs"]
 mod meter;
 #[path = "common/mutate.rs"]
@@ -14,7 +15,8 @@ use arrow::array::{ArrayRef, Int32Array, Int64Array, ListArray, RecordBatch, Str
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Fields};
 use flate2::write::GzEncoder;
-use meter::{Meter, Taken, measure, watch};
+use fuzz::{alone, in_memory, run_case, run_cases};
+use meter::{Meter, measure};
 use mutate::{Draw, damage};
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, Encoding, ZstdLevel};
@@ -25,9 +27,8 @@ use rpt::corpus::{Corpus, Document};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 #[global_allocator]
 static METER: Meter = Meter;
@@ -36,19 +37,6 @@ static METER: Meter = Meter;
 const MOST: usize = 512_000_000;
 /// Documents after which a stream is left: damage may multiply them, but not without bound.
 const DOCUMENTS: usize = 20_000;
-
-/// Counting is for the whole process, so one kind runs at a time.
-static ALONE: Mutex<()> = Mutex::new(());
-/// Where a panic of a decoder began that was caught.
-static PANICS: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn from_environment(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| text.parse().unwrap())
-}
 
 /// How reading a possibly damaged file went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -118,56 +106,23 @@ fn fuzz(
     originals: &[Original],
     make: impl Fn(&mut Draw, &Original) -> Vec<u8>,
 ) {
-    let alone = locked(&ALONE);
-    let first = from_environment("RPT_FUZZ_FIRST", 0);
-    let last = first + from_environment("RPT_FUZZ_CASES", cases);
-    std::panic::set_hook(Box::new(|panic| {
-        let place = panic.location().map_or_else(String::new, ToString::to_string);
-        let place = place.rsplit("/src/").next().unwrap_or_default().to_owned();
-        *locked(&PANICS).entry(format!("{place}: {panic}").chars().take(160).collect()).or_default() += 1;
-    }));
-    watch(kind);
-    let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-    let (mut most, mut fates) = (Taken::default(), BTreeMap::new());
-    let start = std::time::Instant::now();
-    let mut failure = None;
-    for case in first..last {
-        let mut draw = Draw::new(kind, case);
-        let original = draw.pick(originals);
-        let bytes = make(&mut draw, original);
-        let restart = draw.one_in(4).then(|| draw.below(1000));
-        let path = directory.path().join(&original.name);
-        fs::write(&path, &bytes).unwrap();
-        let read = || catch_unwind(AssertUnwindSafe(|| fate(&path, original, restart)));
-        let (result, taken) = measure(case, read);
-        most.peak = most.peak.max(taken.peak);
-        most.largest = most.largest.max(taken.largest);
-        match result {
-            Ok(_) if taken.peak > MOST => failure = Some(format!("takes {taken:?}")),
-            Ok(fate) => *fates.entry(fate).or_insert(0_u64) += 1,
-            Err(payload) => {
-                let text = payload.downcast_ref::<String>().cloned();
-                failure = Some(format!("panics: {}", text.unwrap_or_default()));
-            }
+    let (directory, mut fates) = (in_memory(), BTreeMap::new());
+    run_cases(kind, cases, |numbers, most| {
+        for case in numbers {
+            let mut draw = Draw::new(kind, case);
+            let original = draw.pick(originals);
+            let bytes = make(&mut draw, original);
+            let restart = draw.one_in(4).then(|| draw.below(1000));
+            let path = directory.path().join(&original.name);
+            fs::write(&path, &bytes).unwrap();
+            let fate = run_case(case, MOST, most, || fate(&path, original, restart))
+                .map_err(|failure| format!("({}) {failure}", original.name))?;
+            *fates.entry(fate).or_insert(0_u64) += 1;
+            fs::remove_file(&path).unwrap();
         }
-        if let Some(failure) = &mut failure {
-            *failure = format!("{kind} {case} ({}) {failure}", original.name);
-            break;
-        }
-        fs::remove_file(&path).unwrap();
-    }
-    drop(std::panic::take_hook());
-    let panics = std::mem::take(&mut *locked(&PANICS));
-    drop(alone);
-    assert!(failure.is_none(), "{}\n{panics:?}", failure.unwrap_or_default());
-    println!(
-        "{kind}: {} cases, {fates:?}, {:.0} s, peak {} bytes, largest block {} bytes, panics caught {panics:#?}",
-        last - first,
-        start.elapsed().as_secs_f64(),
-        most.peak,
-        most.largest,
-    );
-    assert!(last - first < 1000 || fates.len() >= 3, "the damage is too uniform: {fates:?}");
+        Ok(format!("{fates:?}"))
+    });
+    assert!(fates.values().sum::<u64>() < 1000 || fates.len() >= 3, "the damage is too uniform: {fates:?}");
 }
 
 fn original(name: &str, text: &str, id: &str, bytes: Vec<u8>) -> Original {
@@ -351,7 +306,7 @@ fn a_schema_that_claims_children_without_number_is_refused_before_memory_is_take
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("claims.parquet");
     fs::write(&path, bytes).unwrap();
-    let alone = locked(&ALONE);
+    let alone = alone();
     let (result, taken) = measure(0, || Corpus::open(&config(&path, "text", "id")));
     drop(alone);
     let error = result.unwrap_err().to_string();

@@ -9,7 +9,7 @@ mod command;
 mod server;
 
 use arrow::array::{ArrayRef, Int64Array, RecordBatch, StringArray};
-use command::{RPT, stderr, stdout};
+use command::{PIPELINE, RPT, stderr, stdout};
 use flate2::write::GzEncoder;
 use parquet::arrow::ArrowWriter;
 use parquet::file::properties::WriterProperties;
@@ -339,7 +339,7 @@ fn no_manifest_of_a_run_holds_a_secret() {
     writer.write(&batch).unwrap();
     place.put("run/small.parquet", writer.into_inner().unwrap());
     let pipeline = place.directory.path().join("pipeline.toml");
-    fs::write(&pipeline, PIPELINE).unwrap();
+    fs::write(&pipeline, PIPELINE.replace("SOURCE", "s3://bucket/data/run")).unwrap();
     let out = place.directory.path().join("run-directory");
     let output = place.rpt(&["run", pipeline.to_str().unwrap(), "--out", out.to_str().unwrap()]);
     assert!(output.status.success(), "{}", stderr(&output));
@@ -363,36 +363,3 @@ fn each_file(directory: &Path, visit: &mut dyn FnMut(&[u8])) {
         }
     }
 }
-
-const PIPELINE: &str = r#"
-seed = 3
-[corpus]
-source = "s3://bucket/data/run"
-[tokenizer.train]
-vocab_size = 280
-[model.scratch]
-hidden_size = 16
-num_hidden_layers = 1
-num_attention_heads = 2
-intermediate_size = 32
-max_position_embeddings = 192
-[tasks]
-template = "plain"
-min_entropy = 0.0
-max_entropy = 3.0
-min_context = 4
-positions_per_document = 2
-max_document_tokens = 64
-[rollout]
-samples_per_task = 2
-max_new_tokens = 4
-[reward]
-answer = "rest"
-[train]
-steps = 2
-tasks_per_step = 2
-min_initial_reward = 0.0
-min_initial_mixed_groups = 0.0
-[run]
-checkpoint_every = 1
-"#;

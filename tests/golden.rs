@@ -41,7 +41,7 @@ fn greedy(decoder: &Decoder, ids: &[u32], count: usize) -> Vec<u32> {
 }
 
 fn check(name: &str) {
-    let Some(directory) = common::shared(&format!("peers/golden/{name}")) else { return };
+    let Some(directory) = common::shared::path(&format!("peers/golden/{name}")) else { return };
     let decoder = Decoder::load(&directory).unwrap();
     let golden: Value =
         serde_json::from_str(&std::fs::read_to_string(directory.join("golden.json")).unwrap()).unwrap();

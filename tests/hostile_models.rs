@@ -1,9 +1,10 @@
 //! Whatever a model directory holds, it is loaded or refused: no panic, no hang, no more than 100 MB.
 //!
-//! Each case damages valid files, by its number alone. `RPT_FUZZ_CASES` says how many cases of each
-//! kind run; `RPT_FUZZ_FIRST` is the number of the first, to repeat one that failed.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, missing_docs)]
+//! Each case damages valid files, by its number alone; `tests/common/fuzz.rs` says how to repeat one.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+#[path = "common/fuzz.rs"]
+mod fuzz;
 #[path = "common/meter.rs"]
 mod meter;
 #[path = "common/mutate.rs"]
@@ -11,17 +12,15 @@ mod mutate;
 #[path = "common/tokenizers.rs"]
 mod tokenizers;
 
-use meter::{Meter, Taken, measure, watch};
+use fuzz::{alone, in_memory, run_case, run_cases};
+use meter::{Meter, Taken, measure};
 use mutate::{Draw, damage, json, number, safetensors};
 use rpt::config::{ScratchModel, TokenizerConfig};
 use rpt::model::{Decoder, DecoderConfig, Dtype, Layout, directory_digest};
 use rpt::tokenize::{ChatTemplate, Message, SpecialTokens, Tokenizer, train_byte_level_bpe};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 #[global_allocator]
 static METER: Meter = Meter;
@@ -30,24 +29,6 @@ static METER: Meter = Meter;
 const MOST: usize = 100_000_000;
 /// Cases that one thread runs; what the tokenizers library keeps for a thread goes with it.
 const CASES_PER_THREAD: u64 = 500;
-
-/// Counting is for the whole process, so one kind runs at a time.
-static ALONE: Mutex<()> = Mutex::new(());
-/// Where a panic began, for each that somebody caught.
-static PANICS: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn from_environment(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| text.parse().unwrap())
-}
-
-/// A directory in memory where the system has such a place: a million cases write a million files.
-fn in_memory() -> tempfile::TempDir {
-    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
-}
 
 /// The files of one case.
 type Files = Vec<(&'static str, Vec<u8>)>;
@@ -61,38 +42,17 @@ fn fuzz(
     make: impl Fn(&mut Draw) -> Files + Sync,
     run: impl Fn(&Path) -> bool + Sync,
 ) {
-    let alone = locked(&ALONE);
-    let first = from_environment("RPT_FUZZ_FIRST", 0);
-    let last = first + from_environment("RPT_FUZZ_CASES", cases);
-    std::panic::set_hook(Box::new(|panic| {
-        let place = panic.location().map_or_else(String::new, ToString::to_string);
-        *locked(&PANICS).entry(place).or_default() += 1;
-    }));
-    watch(kind);
-    let (mut most, mut accepted, start) = (Taken::default(), 0, std::time::Instant::now());
-    let mut failure = None;
-    for from in (first..last).step_by(CASES_PER_THREAD as usize) {
-        let all = from..(from + CASES_PER_THREAD).min(last);
-        let thread =
-            || all.clone().try_for_each(|case| one(kind, case, &make, &run, &mut most, &mut accepted));
-        let ended = std::thread::scope(|scope| scope.spawn(thread).join());
-        failure = ended.unwrap_or_else(|_| Err(format!("{kind}: the test itself fails"))).err();
-        if failure.is_some() {
-            break;
+    let mut accepted = 0;
+    let panics = run_cases(kind, cases, |numbers, most| {
+        for from in numbers.clone().step_by(CASES_PER_THREAD as usize) {
+            let mut some = from..(from + CASES_PER_THREAD).min(numbers.end);
+            let thread = || some.try_for_each(|case| one(kind, case, &make, &run, most, &mut accepted));
+            let ended = std::thread::scope(|scope| scope.spawn(thread).join());
+            ended.unwrap_or_else(|_| Err("fails in the test itself".into()))?;
         }
-    }
-    drop(std::panic::take_hook());
-    let panics = std::mem::take(&mut *locked(&PANICS));
-    drop(alone);
-    assert!(failure.is_none(), "{}\n{panics:?}", failure.unwrap_or_default());
+        Ok(format!("{accepted} accepted"))
+    });
     assert!(caught || panics.is_empty(), "{kind}: {panics:?}");
-    println!(
-        "{kind}: {} cases, {accepted} accepted, {:.0} s, peak {} bytes, largest block {} bytes, panics caught {panics:?}",
-        last - first,
-        start.elapsed().as_secs_f64(),
-        most.peak,
-        most.largest,
-    );
 }
 
 fn one(
@@ -107,28 +67,20 @@ fn one(
         static DIRECTORY: tempfile::TempDir = in_memory();
     }
     let files = make(&mut Draw::new(kind, case));
-    let (result, taken) = DIRECTORY.with(|directory| {
+    let result = DIRECTORY.with(|directory| {
         for (name, bytes) in &files {
             std::fs::write(directory.path().join(name), bytes).unwrap();
         }
-        measure(case, || catch_unwind(AssertUnwindSafe(|| run(directory.path()))))
+        run_case(case, MOST, most, || run(directory.path()))
     });
-    most.peak = most.peak.max(taken.peak);
-    most.largest = most.largest.max(taken.largest);
     let shown = || -> String {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).chars().take(2000).collect::<String>();
         let files: Vec<String> =
             files.iter().map(|(name, bytes)| format!("{name}: {}", text(bytes))).collect();
         files.join("\n")
     };
-    match result {
-        Ok(_) if taken.peak > MOST => Err(format!("{kind} {case} takes {taken:?}\n{}", shown())),
-        Ok(ok) => {
-            *accepted += u64::from(ok);
-            Ok(())
-        }
-        Err(_) => Err(format!("{kind} {case} panics\n{}", shown())),
-    }
+    *accepted += u64::from(result.map_err(|failure| format!("{failure}\n{}", shown()))?);
+    Ok(())
 }
 
 fn small_config(architecture: &str) -> Value {
@@ -199,7 +151,7 @@ fn settings_as_large_as_they_may_be_take_no_more_than_the_limit() {
     let objects = format!("{{\"model_type\":[{}0]}}", "{\"a\":0},".repeat(values / 2 - 2));
     let fields: Vec<String> = (0..values).map(|at| format!("\"{at}\":0")).collect();
     let fields = format!("{{{}}}", fields.join(","));
-    let alone = locked(&ALONE);
+    let alone = alone();
     let directory = in_memory();
     for settings in [text, list, objects, fields] {
         for name in ["config.json", "tokenizer_config.json"] {

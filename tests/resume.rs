@@ -331,9 +331,15 @@ fn an_exported_model_is_the_newest_checkpoint() {
     let parameters = decoder.parameters();
     let bytes = fs::read(weights(&newest(&whole, "train"))).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(json(&exported.join("config.json"))["model_type"], "llama");
     for parameter in decoder.layout().parameters() {
         let ours: Vec<u8> =
             parameters[parameter.range.clone()].iter().flat_map(|x| x.to_le_bytes()).collect();
+        // What makes a Llama of the Qwen2 that was trained.
+        if parameter.name.ends_with("o_proj.bias") {
+            assert!(ours.iter().all(|byte| *byte == 0), "{}", parameter.name);
+            continue;
+        }
         assert!(tensors.tensor(&parameter.name).unwrap().data() == ours, "{}", parameter.name);
     }
 }

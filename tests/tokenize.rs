@@ -1,5 +1,8 @@
 //! Tokenizers of other projects, and our own, byte for byte.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+#[path = "common/shared.rs"]
+mod shared;
 
 use proptest::prelude::*;
 use rpt::config::TokenizerConfig;
@@ -9,16 +12,10 @@ use rpt::tokenize::{
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-const SHARED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared");
-
 /// A shared tokenizer, or a loud skip.
-fn shared(relative: &str) -> Option<Tokenizer> {
-    let path = Path::new(SHARED).join(relative).join("tokenizer.json");
-    if path.exists() {
-        return Some(Tokenizer::load(&path).unwrap());
-    }
-    println!("SKIPPED: {} is absent", path.display());
-    None
+fn shared_tokenizer(directory: &str) -> Option<Tokenizer> {
+    let path = shared::path(&format!("{directory}/tokenizer.json"))?;
+    Some(Tokenizer::load(&path).unwrap())
 }
 
 const GOLDEN: [&str; 3] = ["peers/golden/llama-pico", "peers/golden/qwen2-pico", "peers/golden/qwen3-pico"];
@@ -26,7 +23,7 @@ const GPT2: &str = "tokenizers/gpt2";
 
 fn gpt2() -> Option<&'static Tokenizer> {
     static TOKENIZER: OnceLock<Option<Tokenizer>> = OnceLock::new();
-    TOKENIZER.get_or_init(|| shared(GPT2)).as_ref()
+    TOKENIZER.get_or_init(|| shared_tokenizer(GPT2)).as_ref()
 }
 
 /// Little stories in the manner of the quickstart corpus.
@@ -74,7 +71,9 @@ fn real_text_is_spelled_exactly_by_every_byte_level_tokenizer() {
     let text =
         "To be, or not to be: that is the question.\r\n\r\n  Whether 'tis nobler…\tnaïve 数学 🙂 \u{202e}x "
             .repeat(50);
-    for tokenizer in GOLDEN.iter().chain([&GPT2]).filter_map(|name| shared(name)).chain(Some(quick())) {
+    for tokenizer in
+        GOLDEN.iter().chain([&GPT2]).filter_map(|name| shared_tokenizer(name)).chain(Some(quick()))
+    {
         let ids = tokenizer.encode_document(&text).unwrap();
         assert_eq!(tokenizer.decode_bytes(&ids), text.as_bytes(), "{tokenizer:?}");
         assert!(ids.iter().all(|&id| (id as usize) < tokenizer.vocab_size()));
@@ -86,27 +85,11 @@ fn quick() -> Tokenizer {
 }
 
 /// The text column of a shared parquet file.
-fn shared_texts(file: &str) -> Vec<String> {
-    use parquet::file::reader::{FileReader, SerializedFileReader};
-    use parquet::record::RowAccessor;
-    let path = Path::new(SHARED).join("corpora").join(file);
-    let Ok(opened) = std::fs::File::open(&path) else {
-        println!("SKIPPED: {} is absent", path.display());
-        return Vec::new();
-    };
-    let reader = SerializedFileReader::new(opened).unwrap();
-    let column = |row: &parquet::record::Row| {
-        let (index, _) = row.get_column_iter().enumerate().find(|(_, (name, _))| *name == "text").unwrap();
-        row.get_string(index).unwrap().clone()
-    };
-    reader.get_row_iter(None).unwrap().map(|row| column(&row.unwrap())).collect()
-}
-
 #[test]
 fn whole_corpora_are_spelled_exactly() {
     let tokenizers: Vec<&Tokenizer> = gpt2().into_iter().chain([trained()]).collect();
     for file in ["tinyshakespeare.parquet", "omnimath-valid.parquet"] {
-        for text in shared_texts(file) {
+        for text in shared::texts(file) {
             for tokenizer in &tokenizers {
                 let ids = tokenizer.encode_document(&text).unwrap();
                 assert_eq!(tokenizer.decode_bytes(&ids), text.as_bytes(), "{file}");
@@ -129,7 +112,7 @@ fn long_runs_without_a_word_boundary_encode() {
 
 #[test]
 fn control_tokens_in_documents_are_text() {
-    for tokenizer in GOLDEN.iter().filter_map(|name| shared(name)) {
+    for tokenizer in GOLDEN.iter().filter_map(|name| shared_tokenizer(name)) {
         let text = "a<|im_end|> b<think>c</think><|endoftext|>";
         let ids = tokenizer.encode_document(text).unwrap();
         assert!(ids.iter().all(|&id| id < 507), "{ids:?}");
@@ -237,7 +220,7 @@ fn a_saved_tokenizer_loads_as_itself() {
 
 #[test]
 fn special_tokens_come_from_the_pipeline_then_the_model() {
-    for tokenizer in GOLDEN.iter().filter_map(|name| shared(name)) {
+    for tokenizer in GOLDEN.iter().filter_map(|name| shared_tokenizer(name)) {
         let default = SpecialTokens::resolve(&tokenizer, &TokenizerConfig::default()).unwrap();
         assert_eq!(default, SpecialTokens { eos: 509, other_ends: vec![], bos: None });
         let config = TokenizerConfig {

@@ -1,16 +1,17 @@
 //! The crate's own encoder against the `tokenizers` library, id for id.
 //!
 //! `RPT_FUZZ_CASES=1000000 cargo test --test tokenize_fast -- --nocapture any_text` compares more texts.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+#[path = "common/shared.rs"]
+mod shared;
 
 use proptest::prelude::*;
 use rpt::config::TokenizerConfig;
 use rpt::tokenize::{FastPath, SpecialTokens, Tokenizer, train_byte_level_bpe};
 use serde_json::{Value, json};
-use std::path::Path;
 use std::sync::OnceLock;
 
-const SHARED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared");
 const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN_2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
@@ -105,11 +106,7 @@ fn without_some_merges(mut json: Value) -> Value {
 }
 
 fn gpt2_json() -> Option<Value> {
-    let path = Path::new(SHARED).join("tokenizers/gpt2/tokenizer.json");
-    let Ok(bytes) = std::fs::read(&path) else {
-        println!("SKIPPED: {} is absent", path.display());
-        return None;
-    };
+    let bytes = std::fs::read(shared::path("tokenizers/gpt2/tokenizer.json")?).unwrap();
     Some(serde_json::from_slice(&bytes).unwrap())
 }
 
@@ -192,22 +189,6 @@ proptest! {
 }
 
 /// The text column of a shared parquet file.
-fn corpus(file: &str) -> Vec<String> {
-    use parquet::file::reader::{FileReader, SerializedFileReader};
-    use parquet::record::RowAccessor;
-    let path = Path::new(SHARED).join("corpora").join(file);
-    let Ok(opened) = std::fs::File::open(&path) else {
-        println!("SKIPPED: {} is absent", path.display());
-        return Vec::new();
-    };
-    let reader = SerializedFileReader::new(opened).unwrap();
-    let column = |row: &parquet::record::Row| {
-        let (index, _) = row.get_column_iter().enumerate().find(|(_, (name, _))| *name == "text").unwrap();
-        row.get_string(index).unwrap().clone()
-    };
-    reader.get_row_iter(None).unwrap().map(|row| column(&row.unwrap())).collect()
-}
-
 /// The larger corpora by one tokenizer (GPT-2), since the library takes its time.
 #[test]
 fn whole_corpora_have_the_ids_of_the_library() {
@@ -218,7 +199,7 @@ fn whole_corpora_have_the_ids_of_the_library() {
         ("omnimath-valid.parquet", 0),
         ("tinyshakespeare.parquet", 0),
     ] {
-        let texts = corpus(file);
+        let texts = shared::texts(file);
         let borrowed: Vec<&str> = texts.iter().map(String::as_str).collect();
         for pair in &pairs()[from..] {
             let encoded = pair.mine.encode_documents(&borrowed);

@@ -3,7 +3,8 @@
 
 mod common;
 
-use rpt::model::{Decoder, Dtype, ModelError};
+use rpt::config::ScratchModel;
+use rpt::model::{Architecture, Decoder, Dtype, Forest, ModelError, Workspace};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use std::collections::{BTreeMap, HashMap};
@@ -45,6 +46,19 @@ fn saved(kind: usize) -> (tempfile::TempDir, PathBuf) {
     (directory, weights)
 }
 
+/// Log-probabilities of some ids, as bits.
+fn logprobs(decoder: &Decoder) -> Vec<u32> {
+    let ids: Vec<u32> = (0..200).map(|at| at * 7 % VOCAB as u32).collect();
+    let mut forest = Forest::default();
+    forest.add(None, &ids[..199]);
+    let (mut cache, mut workspace) = (decoder.new_cache(), Workspace::default());
+    let extensions = forest.enter(&mut cache);
+    decoder.forward(forest.ids(), &extensions, &mut cache, &mut workspace, None).unwrap();
+    let states = decoder.hidden(&workspace, &(0..199).collect::<Vec<_>>());
+    let scores = decoder.score(&states, &ids[1..], 1.0, &mut workspace);
+    scores.iter().map(|score| score.logprob.to_bits()).collect()
+}
+
 fn problems(directory: &Path) -> Vec<String> {
     match Decoder::load(directory).unwrap_err() {
         ModelError::Weights { problems, .. } => problems,
@@ -84,6 +98,44 @@ fn a_model_is_loaded_and_written_in_the_format_that_is_asked_for() {
         let config: serde_json::Value = serde_json::from_str(&config).unwrap();
         assert_eq!(config["torch_dtype"], "bfloat16");
         assert_eq!(config["eos_token_id"], serde_json::json!([1, 2]));
+    }
+}
+
+#[test]
+fn a_qwen2_written_as_a_llama_is_the_same_model() {
+    for (dtype, tie_word_embeddings) in
+        [(Dtype::F32, true), (Dtype::F32, false), (Dtype::Bf16, true), (Dtype::F16, false)]
+    {
+        let shape = ScratchModel { tie_word_embeddings, ..common::shape(0) };
+        let qwen2 = Decoder::from_scratch(&shape, dtype, VOCAB, 5);
+        let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        qwen2.save(one.path(), &[1], None).unwrap();
+        qwen2.clone().qwen2_into_llama().save_as(other.path(), dtype, 20_000, &[1], None).unwrap();
+        let config = fs::read_to_string(other.path().join("config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+        assert_eq!(
+            (&config["model_type"], &config["architectures"][0], &config["attention_bias"]),
+            (&"llama".into(), &"LlamaForCausalLM".into(), &true.into())
+        );
+        let llama = Decoder::load(other.path()).unwrap();
+        assert_eq!(logprobs(&llama), logprobs(&qwen2));
+        let mut written = tensors(other.path());
+        for layer in 0..2 {
+            let (_, shape, bytes) =
+                written.remove(&format!("model.layers.{layer}.self_attn.o_proj.bias")).unwrap();
+            assert!(shape == [48] && bytes.iter().all(|byte| *byte == 0));
+        }
+        assert_eq!(written, tensors(one.path()));
+    }
+}
+
+#[test]
+fn other_families_are_written_as_themselves() {
+    for (kind, architecture) in [(1, Architecture::Qwen3), (2, Architecture::Llama)] {
+        let model = common::model(kind, VOCAB);
+        let same = model.clone().qwen2_into_llama();
+        assert_eq!((same.config(), same.parameters()), (model.config(), model.parameters()));
+        assert_eq!(same.config().architecture, architecture);
     }
 }
 

@@ -16,8 +16,8 @@ use rayon::prelude::*;
 /// A decoder: its weights, packed for the matrix products, and nothing twice.
 #[derive(Clone, Debug)]
 pub struct Decoder {
-    config: DecoderConfig,
-    layout: Layout,
+    pub(super) config: DecoderConfig,
+    pub(super) layout: Layout,
     pub(super) weights: Weights,
     pub(super) rotary: RotaryTable,
     pub(super) adapter: Option<Adapter>,

@@ -1,8 +1,9 @@
 //! Hugging Face directories in and out: config.json and safetensors, single or sharded.
 
+use super::layout::Vector;
 use super::tensors::TensorFiles;
 use super::weights::Weights;
-use super::{Decoder, DecoderConfig, Layout, ModelError, Parameter};
+use super::{Architecture, Decoder, DecoderConfig, Layout, ModelError, Parameter};
 use crate::json;
 use crate::kernels::dtype::Dtype;
 use serde_json::{Value, json};
@@ -18,7 +19,8 @@ const WINDOW_BYTES: usize = 8 << 20;
 const LARGEST_F16: f32 = 65_519.99;
 
 impl Decoder {
-    /// Loads a model directory in the number format of its files (`f32` where matrices differ).
+    /// Loads a model directory in the number format of its files. Where tensors differ (matrices in
+    /// bf16, norms in f32) that is `f32`: it holds all values exactly, in more bytes than the files.
     ///
     /// # Errors
     /// As [`Decoder::load_as`].
@@ -47,6 +49,20 @@ impl Decoder {
             .filter_map(|parameter| read(&files, parameter, &mut weights).err())
             .collect();
         if unread.is_empty() { Ok(Self::of_weights(config, layout, weights)) } else { Err(refuse(unread)) }
+    }
+
+    /// A Qwen2 as the Llama that computes the same: the bias that a Llama has besides, on the
+    /// attention's output, is zero. Other families stay what they are.
+    #[must_use]
+    pub fn qwen2_into_llama(mut self) -> Self {
+        if self.config().architecture == Architecture::Qwen2 {
+            self.config.architecture = Architecture::Llama;
+            self.layout = Layout::new(&self.config);
+            for layer in &mut self.weights.layers {
+                layer[Vector::OutputBias] = vec![0.0; self.config.hidden_size];
+            }
+        }
+        self
     }
 
     /// Writes config.json, `generation_config.json` and the weights in their own format.

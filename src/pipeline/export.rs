@@ -4,8 +4,10 @@ use super::directory::{RunDirectory, RunModel};
 use super::error::PipelineError;
 use super::run::resolved_text;
 use crate::error::Error;
-use crate::model::{Dtype, ModelError, SHARD_BYTES};
+use crate::json;
+use crate::model::{Decoder, Dtype, ModelError, SHARD_BYTES};
 use crate::report::{ModelCard, licence_of};
+use crate::tokenize::Tokenizer;
 use std::path::{Path, PathBuf};
 
 /// Which model is exported, and how.
@@ -29,9 +31,12 @@ impl Default for ExportOptions {
     }
 }
 
-/// Files of a base model's directory that belong to its tokenizer or its terms and are handed on as
-/// they are. Which of them exist differs from model to model.
-const HANDED_ON: [&str; 12] = [
+/// Files of a base model's directory that say under which terms it stands: handed on as they are.
+/// Which of them exist differs from model to model, here and below.
+const TERMS: [&str; 4] = ["LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"];
+
+/// Files that belong to a base model's tokenizer and are handed on with it.
+const OF_TOKENIZER: [&str; 8] = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -40,15 +45,12 @@ const HANDED_ON: [&str; 12] = [
     "vocab.json",
     "merges.txt",
     "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
 ];
 
 impl RunDirectory {
     /// Writes a model of the run to a directory that transformers, vLLM and the converter of llama.cpp
-    /// read: configuration, weights, the tokenizer's files and a model card.
+    /// read: configuration, weights, the tokenizer's files and a model card. A Qwen2 whose tokenizer is
+    /// not that of a base model is written as the Llama that computes the same.
     ///
     /// # Errors
     /// When there is no such checkpoint, or a file cannot be read or written.
@@ -66,7 +68,7 @@ impl RunDirectory {
             let base = self.pipeline().model.path.as_ref().map(named);
             model.decoder.save_adapter(directory, &base.unwrap_or_default())?;
         } else {
-            self.save_merged(&model, directory, options, base.as_deref())?;
+            self.save_merged(model.decoder, directory, options, base.as_deref())?;
         }
         let path = directory.join("README.md");
         Ok(std::fs::write(&path, card.to_markdown()).map_err(PipelineError::io(&path))?)
@@ -74,16 +76,22 @@ impl RunDirectory {
 
     fn save_merged(
         &self,
-        model: &RunModel,
+        decoder: Decoder,
         directory: &Path,
         options: &ExportOptions,
         base: Option<&Path>,
     ) -> Result<(), Error> {
         let (tokenizer, special) = self.tokenizer()?;
-        let dtype = options.dtype.unwrap_or(model.decoder.dtype());
-        model.decoder.save_as(directory, dtype, options.shard_bytes, &special.ends(), special.bos)?;
+        let base_of_tokenizer = base.filter(|base| is_tokenizer_of(base, &tokenizer));
+        // transformers 5 gives every model of type qwen2 the normalizer and pre-tokenizer of Qwen's own
+        // tokenizer, whatever tokenizer.json says (MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS): another
+        // tokenizer's ids come out wrong. Of a Llama it reads tokenizer.json as it is.
+        let decoder = if base_of_tokenizer.is_some() { decoder } else { decoder.qwen2_into_llama() };
+        let dtype = options.dtype.unwrap_or(decoder.dtype());
+        decoder.save_as(directory, dtype, options.shard_bytes, &special.ends(), special.bos)?;
         tokenizer.save(directory, &special)?;
-        Ok(base.map_or(Ok(()), |base| hand_on(base, directory))?)
+        hand_on(base, directory, &TERMS)?;
+        Ok(hand_on(base_of_tokenizer, directory, &OF_TOKENIZER)?)
     }
 
     fn model_card(
@@ -121,8 +129,16 @@ fn directory_name(path: &Path) -> String {
     path.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
 }
 
-fn hand_on(base: &Path, directory: &Path) -> Result<(), ModelError> {
-    for name in HANDED_ON {
+/// Whether a tokenizer is the one in a model's directory.
+fn is_tokenizer_of(base: &Path, tokenizer: &Tokenizer) -> bool {
+    let own = json::read(&base.join("tokenizer.json"), json::VOCABULARY);
+    own.is_ok_and(|own| blake3::hash(&own).to_hex().as_str() == tokenizer.fingerprint())
+}
+
+/// Copies those of the named files that the base has.
+fn hand_on(base: Option<&Path>, directory: &Path, names: &[&str]) -> Result<(), ModelError> {
+    let Some(base) = base else { return Ok(()) };
+    for name in names {
         let (from, to) = (base.join(name), directory.join(name));
         match std::fs::read(&from) {
             Ok(bytes) => std::fs::write(&to, bytes).map_err(|source| ModelError::Io { path: to, source })?,

@@ -69,7 +69,10 @@ fn check_shareable(loaded: &Loaded) -> Result<(), Error> {
         Err(PipelineError::Missing { message: message.into(), hint: hint.into() }.into())
     };
     if generated_recipe(&loaded.pipeline.corpus.source).is_some() {
-        return refuse("a generated corpus is prepared by one worker", "leave out --shard");
+        return refuse(
+            "a generated corpus is prepared by one worker",
+            "prepare it once without --shard and outside of a job array",
+        );
     }
     if loaded.pipeline.tokenizer.train.is_some() {
         return refuse(

@@ -11,6 +11,40 @@ use std::sync::Arc;
 
 pub(crate) const RPT: &str = env!("CARGO_BIN_EXE_rpt");
 
+/// A pipeline of seconds that trains a model from scratch on the corpus `SOURCE`.
+pub(crate) const PIPELINE: &str = r#"
+seed = 3
+[corpus]
+source = "SOURCE"
+[tokenizer.train]
+vocab_size = 280
+[model.scratch]
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 32
+max_position_embeddings = 192
+[tasks]
+template = "plain"
+min_entropy = 0.0
+max_entropy = 3.0
+min_context = 4
+positions_per_document = 2
+max_document_tokens = 64
+[rollout]
+samples_per_task = 2
+max_new_tokens = 4
+[reward]
+answer = "rest"
+[train]
+steps = 2
+tasks_per_step = 2
+min_initial_reward = 0.0
+min_initial_mixed_groups = 0.0
+[run]
+checkpoint_every = 1
+"#;
+
 /// Runs `rpt` with its input closed.
 pub(crate) fn rpt<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Output {
     Command::new(RPT).args(arguments).stdin(Stdio::null()).output().unwrap()

@@ -1,20 +1,11 @@
 //! Helpers that several test files use.
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, missing_docs)]
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+pub(crate) mod shared;
 
 use rpt::config::ScratchModel;
 use rpt::model::{Decoder, Dtype, Forest};
 use rpt::random::Stream;
-use std::path::PathBuf;
-
-/// A path of the shared material, or `None` (said loudly) where it is absent.
-pub(crate) fn shared(path: &str) -> Option<PathBuf> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared").join(path);
-    if path.exists() {
-        return Some(path);
-    }
-    eprintln!("SKIPPED: {} is not here; this check needs it", path.display());
-    None
-}
 
 /// A small shape; `kind` picks one of the three families.
 pub(crate) fn shape(kind: usize) -> ScratchModel {
