@@ -4,6 +4,7 @@
 //! with predictions; predictions that match the text's own bytes are rewarded; GRPO updates the
 //! model. ARCHITECTURE.md describes the rooms and the laws that hold them together.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod corpus;
@@ -21,6 +22,7 @@ pub mod report;
 pub mod reward;
 pub mod rollout;
 pub mod tasks;
+pub mod time;
 pub mod tokenize;
 pub mod train;
 

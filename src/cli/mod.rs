@@ -3,6 +3,7 @@
 //! Data goes to standard output and everything else to standard error. A reader that closes the
 //! pipe early ends a command successfully. [`failure`] says errors and picks exit codes.
 
+mod bench;
 mod completions;
 mod eval;
 mod export;
@@ -86,6 +87,12 @@ enum Command {
     /// directories, run directories, checkpoints, and models and datasets of the Hugging Face Hub.
     #[command(after_help = help("rpt inspect runs/quickstart/tasks/train"))]
     Inspect(inspect::Arguments),
+    /// Measure what steps, sampling, training and matrix products cost on this machine
+    ///
+    /// Figures are medians over the rounds but the first. Operations are counted from shapes; `share_of_peak`
+    /// compares them with what the matrix product alone reaches with all threads (`RAYON_NUM_THREADS`).
+    #[command(after_help = help("rpt bench step --model models/base --workload 4,256,4,8,64 --json"))]
+    Bench(bench::Arguments),
     /// Print the JSON schema of the pipeline file
     #[command(after_help = help("rpt schema > pipeline.schema.json"))]
     Schema,
@@ -111,6 +118,7 @@ impl Command {
             Self::Rollout(arguments) => arguments.execute(),
             Self::Logprobs(arguments) => arguments.execute(),
             Self::Inspect(arguments) => arguments.execute(),
+            Self::Bench(arguments) => arguments.execute(),
             Self::Schema => schema::execute(),
             Self::Completions(arguments) => arguments.execute(),
         }

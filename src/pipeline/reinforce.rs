@@ -16,7 +16,7 @@ use crate::rollout::{Engine, Finish, Prompt, Rollout, Sampling, StopRule};
 use crate::tasks::{Task, TaskCursor, TaskShards, TaskStream};
 use crate::train::advantage::{advantages, is_uniform};
 use crate::train::loss::PolicyLoss;
-use crate::train::{ScoredGroup, Totals, UpdateStats, policy_batches};
+use crate::train::{ScoredGroup, UpdateStats, policy_batches};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -261,7 +261,7 @@ impl<'run> Reinforcement<'run> {
                 advantages: group.advantages.clone(),
             })
             .collect();
-        let mut sum = UpdateStats { totals: Totals::default(), gradient_norm: 0.0, learning_rate: 0.0 };
+        let mut sum = UpdateStats::default();
         let share = kept.len().div_ceil(self.config.updates_per_step).max(1);
         for part in kept.chunks(share) {
             let batches = policy_batches(
@@ -277,6 +277,7 @@ impl<'run> Reinforcement<'run> {
             sum.totals.absorb(&stats.totals);
             sum.gradient_norm = sum.gradient_norm.max(stats.gradient_norm);
             sum.learning_rate = stats.learning_rate;
+            sum.times += stats.times;
             self.stage.state.source.updates += 1;
         }
         Ok(sum)
@@ -336,7 +337,10 @@ impl<'run> Reinforcement<'run> {
             .with("unique_prompt_tokens", costs.unique_prompt_tokens)
             .with("seconds/rollout", costs.rollout)
             .with("seconds/reward", costs.reward)
-            .with("seconds/update", costs.update);
+            .with("seconds/update", costs.update)
+            .with("seconds/forward", stats.times.forward.wall_seconds)
+            .with("seconds/backward", stats.times.backward.wall_seconds)
+            .with("seconds/optimizer", stats.times.optimizer.wall_seconds);
         // A step whose groups are all dropped makes no update and has no such figures.
         if stats.totals.policy_tokens > 0 {
             set_update_figures(&mut metrics, stats);

@@ -13,4 +13,4 @@ mod trainer;
 pub use algorithm::{ScoredGroup, policy_batches};
 pub use batch::{Component, MicroBatch, Target};
 pub use supervised::{Example, supervised_batches};
-pub use trainer::{Totals, TrainError, Trainer, UpdateStats};
+pub use trainer::{Totals, TrainError, Trainer, UpdateStats, UpdateTimes};

@@ -2,12 +2,15 @@
 
 use super::batch::{Component, MicroBatch};
 use super::loss::{PolicyLoss, PolicyToken};
-use super::optimizer::{Optimizer, OptimizerError, ParameterGroup, ParameterKind};
+use super::optimizer::{Optimizer, OptimizerError, ParameterGroup, ParameterKind, StepStats};
 use crate::config::OptimizerConfig;
 use crate::kernels::elementary::add;
 use crate::kernels::head::{TargetGradient, TokenScore};
 use crate::model::{Decoder, KvCache, ModelError, Role, Tape, Workspace};
+use crate::time::Time;
 use rayon::prelude::*;
+use std::ops::AddAssign;
+use std::time::Instant;
 
 /// Gradient buffers that micro-batches are spread over, whatever the number of threads.
 const LANES: usize = 4;
@@ -98,7 +101,7 @@ impl Totals {
 }
 
 /// What one update did.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct UpdateStats {
     /// Sums over its targets.
     pub totals: Totals,
@@ -106,6 +109,27 @@ pub struct UpdateStats {
     pub gradient_norm: f64,
     /// Learning rate.
     pub learning_rate: f32,
+    /// How long its parts took.
+    pub times: UpdateTimes,
+}
+
+/// How long the parts of an update took.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct UpdateTimes {
+    /// Forward passes, the reference model's and the losses included.
+    pub forward: Time,
+    /// Backward passes.
+    pub backward: Time,
+    /// The optimiser, with rounding and packing of the weights.
+    pub optimizer: Time,
+}
+
+impl AddAssign for UpdateTimes {
+    fn add_assign(&mut self, other: Self) {
+        self.forward += other.forward;
+        self.backward += other.backward;
+        self.optimizer += other.optimizer;
+    }
 }
 
 /// Bytes of activations that all gradient lanes may hold unless [`Trainer::activation_bytes`] is set.
@@ -129,6 +153,8 @@ struct Lane {
     workspace: Workspace,
     tape: Tape,
     cache: KvCache,
+    /// Seconds of the last update in forward and backward passes.
+    seconds: (f64, f64),
 }
 
 /// What all micro-batches of an update share.
@@ -167,6 +193,7 @@ impl Trainer {
                 workspace: Workspace::default(),
                 tape: Tape::default(),
                 cache: decoder.new_cache(),
+                seconds: (0.0, 0.0),
             })
             .collect();
         Ok(Self { decoder, parameters, activation_bytes: ACTIVATION_BYTES, optimizer, lanes })
@@ -219,22 +246,20 @@ impl Trainer {
         let count = self.lanes.len();
         let tokens_on_tape =
             self.activation_bytes / (count * self.decoder.tape_bytes_per_token()).max(1) as u64;
-        let parts: Vec<Result<Totals, ModelError>> = self
-            .lanes
-            .par_iter_mut()
-            .enumerate()
-            .map(|(number, lane)| {
-                lane.gradients.fill(0.0);
-                lane.workspace.flops = 0;
-                let mut totals = Totals::default();
-                for batch in batches.iter().skip(number).step_by(count) {
-                    lane.tape.recompute = batch.forest.ids().len() as u64 > tokens_on_tape;
-                    totals.absorb(&lane.accumulate(pass, batch)?);
-                }
-                totals.flops = lane.workspace.flops;
-                Ok(totals)
-            })
-            .collect();
+        let in_lane = |(number, lane): (usize, &mut Lane)| {
+            lane.gradients.fill(0.0);
+            lane.workspace.flops = 0;
+            lane.seconds = (0.0, 0.0);
+            let mut totals = Totals::default();
+            for batch in batches.iter().skip(number).step_by(count) {
+                lane.tape.recompute = batch.forest.ids().len() as u64 > tokens_on_tape;
+                totals.absorb(&lane.accumulate(pass, batch)?);
+            }
+            totals.flops = lane.workspace.flops;
+            Ok(totals)
+        };
+        let (parts, passes): (Vec<Result<Totals, ModelError>>, _) =
+            Time::of(|| self.lanes.par_iter_mut().enumerate().map(in_lane).collect());
         let mut totals = Totals::default();
         for part in parts {
             totals.absorb(&part?);
@@ -244,6 +269,17 @@ impl Trainer {
         if !loss.is_finite() {
             return Err(TrainError::NonFiniteLoss { update, loss });
         }
+        let (stats, optimizer) = Time::of(|| self.step(update));
+        let StepStats { gradient_norm, learning_rate, .. } = stats?;
+        let seconds = self.lanes.iter().map(|lane| lane.seconds);
+        let (forward, backward) = seconds.fold((0.0, 0.0), |sum, lane| (sum.0 + lane.0, sum.1 + lane.1));
+        let [forward, backward] = passes.split([forward, backward]);
+        let times = UpdateTimes { forward, backward, optimizer };
+        Ok(UpdateStats { totals, gradient_norm, learning_rate, times })
+    }
+
+    /// Moves the parameters by the lanes' gradients.
+    fn step(&mut self, update: u64) -> Result<StepStats, TrainError> {
         let (first, others) = self.lanes.split_at_mut(1);
         for lane in others {
             add(&mut first[0].gradients, &lane.gradients);
@@ -255,7 +291,7 @@ impl Trainer {
             return Err(TrainError::NonFiniteWeights { update, count });
         }
         self.decoder.set_parameters(&self.parameters);
-        Ok(UpdateStats { totals, gradient_norm: stats.gradient_norm, learning_rate: stats.learning_rate })
+        Ok(stats)
     }
 }
 
@@ -270,7 +306,8 @@ impl Lane {
             .unzip();
         self.cache.clear();
         let extensions = forest.enter(&mut self.cache);
-        let Self { gradients, workspace, tape, cache } = self;
+        let Self { gradients, workspace, tape, cache, seconds } = self;
+        let start = Instant::now();
         pass.decoder.forward(forest.ids(), &extensions, cache, workspace, Some(tape))?;
         let states = pass.decoder.hidden(workspace, &rows);
         let scores = pass.decoder.score(&states, &tokens, pass.inverse_temperature, workspace);
@@ -286,7 +323,10 @@ impl Lane {
             pass.target_gradient(&batch.targets[at].component, tokens[at], score, reference, &mut totals)
         };
         let targets: Vec<TargetGradient> = scores.iter().enumerate().map(gradient).collect();
+        let middle = Instant::now();
         pass.decoder.backward(tape, cache, &rows, &targets, gradients, workspace);
+        seconds.0 += (middle - start).as_secs_f64();
+        seconds.1 += middle.elapsed().as_secs_f64();
         Ok(totals)
     }
 }

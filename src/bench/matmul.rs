@@ -1,0 +1,57 @@
+//! The matrix product alone.
+
+use super::median;
+use crate::kernels::matmul::{Left, matmul as product};
+use crate::kernels::packed::Packed;
+use crate::kernels::simd::isa;
+use crate::model::Dtype;
+use crate::random::Stream;
+use crate::time::Time;
+use serde::Serialize;
+
+/// Size of the product that stands for the peak, and how often it is made.
+const PEAK_SIZE: usize = 1024;
+const PEAK_ROUNDS: usize = 5;
+
+/// What a product of square matrices reached: the median over the rounds but the first.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct MatmulFigures {
+    /// Rows, columns and inner dimension.
+    pub size: usize,
+    /// Number format of the weights.
+    pub dtype: Dtype,
+    /// Threads.
+    pub threads: usize,
+    /// Instructions that were used.
+    pub instructions: String,
+    /// Seconds of a product.
+    pub wall_seconds: f64,
+    /// Floating-point operations by second, in units of 10^9.
+    pub gflops: f64,
+}
+
+/// Measures `rounds` products of a row-major matrix with packed weights, after one that is not counted.
+pub fn matmul(size: usize, dtype: Dtype, rounds: usize) -> MatmulFigures {
+    let numbers = |name: &str| -> Vec<f32> {
+        let stream = Stream::new(0, name);
+        (0..size * size).map(|at| stream.uniform(at as u64) as f32 - 0.5).collect()
+    };
+    let (left, right) = (numbers("left"), Packed::of_weight(dtype, &numbers("right"), size, size));
+    let mut out = vec![0.0; size * size];
+    let mut round = || Time::of(|| product(Left::rows(&left, size), size, &right, &mut out, false)).1;
+    round();
+    let wall_seconds = median((0..rounds).map(|_| round().wall_seconds).collect());
+    MatmulFigures {
+        size,
+        dtype,
+        threads: rayon::current_num_threads(),
+        instructions: format!("{:?}", isa()).to_lowercase(),
+        wall_seconds,
+        gflops: 2.0 * (size as f64).powi(3) * 1e-9 / wall_seconds,
+    }
+}
+
+/// What the product reaches with all threads, in units of 10^9 floating-point operations by second.
+pub fn peak(dtype: Dtype) -> f64 {
+    matmul(PEAK_SIZE, dtype, PEAK_ROUNDS).gflops
+}

@@ -1,0 +1,126 @@
+//! `rpt bench`: what steps, sampling, training and products cost here.
+
+use super::input::{Model, dtype};
+use super::output;
+use rpt::bench::{self, DecodeWork, TrainWork, Workload};
+use rpt::model::Dtype;
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// A whole step: sampling, reward, advantages, one update
+    Step {
+        #[command(flatten)]
+        common: Common,
+        /// Documents, tokens of each, positions of each, samples of each position, tokens of each sample
+        #[arg(long, value_name = "D,C,P,G,T", default_value = "4,256,4,8,64")]
+        workload: Workload,
+    },
+    /// Sampling alone
+    Decode {
+        #[command(flatten)]
+        common: Common,
+        /// Sequences side by side
+        #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
+        batch: u16,
+        /// Tokens of a prompt
+        #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+        prompt: u32,
+        /// Tokens of a sample
+        #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+        new: u32,
+        /// All sequences are samples of one prompt
+        #[arg(long)]
+        shared: bool,
+    },
+    /// Plain next-token training alone
+    Train {
+        #[command(flatten)]
+        common: Common,
+        /// Documents of a step
+        #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
+        documents: u16,
+        /// Tokens of a document
+        #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(2..))]
+        length: u32,
+    },
+    /// The matrix product alone, of square matrices
+    Matmul {
+        /// Sizes, separated by commas
+        #[arg(long, value_name = "SIZES", value_delimiter = ',', default_value = "512,1024,2048,4096",
+              value_parser = clap::value_parser!(u32).range(1..=32768))]
+        sizes: Vec<u32>,
+        /// Number format of the weights: f32, bf16 or f16
+        #[arg(long, value_name = "FORMAT", value_parser = dtype, default_value = "f32")]
+        dtype: Dtype,
+        /// Products that are measured
+        #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+        rounds: u16,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(clap::Args)]
+struct Common {
+    /// Hugging Face directory, or `hf://owner/name`
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Number format of the weights: f32, bf16 or f16 [default: that of the files]
+    #[arg(long, value_name = "FORMAT", value_parser = dtype)]
+    dtype: Option<Dtype>,
+    /// Rounds that are measured, after one that is not
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Common {
+    fn load(&self) -> rpt::Result<Model> {
+        let model = Model::of_directory(&self.model, self.dtype)?;
+        model.tokenizer.check_vocabulary(model.decoder.config().vocab_size)?;
+        Ok(model)
+    }
+}
+
+impl Arguments {
+    pub(super) fn execute(&self) -> anyhow::Result<()> {
+        let (figures, json) = match &self.what {
+            What::Step { common, workload } => {
+                let Model { decoder, tokenizer, .. } = common.load()?;
+                let figures = bench::step(decoder, &tokenizer, *workload, common.rounds.into())?;
+                (serde_json::to_value(figures)?, common.json)
+            }
+            What::Decode { common, batch, prompt, new, shared } => {
+                let Model { decoder, tokenizer, .. } = common.load()?;
+                let work = DecodeWork {
+                    batch: (*batch).into(),
+                    prompt: *prompt as usize,
+                    new_tokens: *new as usize,
+                    shared: *shared,
+                };
+                let figures = bench::decode(&decoder, &tokenizer, work, common.rounds.into())?;
+                (serde_json::to_value(figures)?, common.json)
+            }
+            What::Train { common, documents, length } => {
+                let work = TrainWork { documents: (*documents).into(), length: *length as usize };
+                let figures = bench::train(common.load()?.decoder, work, common.rounds.into())?;
+                (serde_json::to_value(figures)?, common.json)
+            }
+            What::Matmul { sizes, dtype, rounds, json } => {
+                let of = |size: &u32| bench::matmul(*size as usize, *dtype, (*rounds).into());
+                (serde_json::to_value(sizes.iter().map(of).collect::<Vec<_>>())?, *json)
+            }
+        };
+        output::value(&figures, json)
+    }
+}
