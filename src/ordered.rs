@@ -46,9 +46,9 @@ pub(crate) fn ordered_map<B: Send, R: Send, E>(
 }
 
 /// Text in a batch, in bytes; a longer item is a batch of its own.
-const BYTES_PER_BATCH: usize = 1 << 20;
+const BYTES_PER_BATCH: usize = 1 << 17;
 
-/// The items of a stream in batches of about a megabyte; the last one may be an error.
+/// The items of a stream in batches of about 128 KiB; the last one may be an error.
 pub(crate) struct Batches<I, S> {
     items: I,
     size: S,

@@ -299,6 +299,36 @@ fn corpora_are_inspected() {
     refuses(&rpt(["inspect", "no/such/thing"]), 1, &["no/such/thing"]);
 }
 
+/// Counts follow from the workload; times are whatever they are, and phases add up to the whole.
+#[test]
+fn benchmarks_count_what_the_workload_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = directory.path().to_str().unwrap();
+    write_model(directory.path());
+    let bench = |what: &[&str]| {
+        json(&succeeds([&["bench"], what, &["--model", model, "--rounds", "1", "--json"]].concat()))
+    };
+    let step = bench(&["step", "--workload", "2,60,3,4,5"]);
+    assert_eq!(step["unique_tokens"], 2 * 60 + 2 * 3 * 4 * 5);
+    assert_eq!(step["repeated_tokens"], 2 * 4 * (20 + 40 + 60) + 2 * 3 * 4 * 5);
+    let seconds = |kind: &str| -> f64 {
+        step["phases"].as_object().unwrap().values().map(|phase| phase[kind].as_f64().unwrap()).sum()
+    };
+    assert!((seconds("wall_seconds") - step["wall_seconds_per_step"].as_f64().unwrap()).abs() < 1e-9);
+    assert!((seconds("cpu_seconds") - step["cpu_seconds_per_step"].as_f64().unwrap()).abs() < 1e-9);
+    assert_eq!(step["phases"].as_object().unwrap().len(), 6);
+    for key in ["gflops", "share_of_peak", "gflop_per_step", "matmul_gflops"] {
+        assert!(step[key].as_f64().unwrap() > 0.0, "{key}");
+    }
+    let decode = bench(&["decode", "--batch", "3", "--prompt", "20", "--new", "4", "--shared"]);
+    assert_eq!((&decode["batch"], &decode["shared"]), (&3.into(), &true.into()));
+    assert_eq!(bench(&["train", "--documents", "2", "--length", "30"])["documents"], 2);
+    let product = json(&succeeds(["bench", "matmul", "--sizes", "32,48", "--dtype", "bf16", "--json"]));
+    assert_eq!((&product[1]["size"], &product[0]["dtype"]), (&48.into(), &"bf16".into()));
+    refuses(&rpt(["bench", "step", "--model", model, "--workload", "1,2,3"]), 2, &["five numbers"]);
+    refuses(&rpt(["bench", "step", "--model", model, "--workload", "1,256,1,2,9"]), 1, &["265 tokens"]);
+}
+
 /// Reading the cache of the Hub takes no cargo feature and no network.
 #[test]
 fn a_model_of_the_hub_is_found_in_the_cache_or_asked_for_with_its_place() {

@@ -8,8 +8,10 @@ use arrow::error::ArrowError;
 use arrow::ipc::writer::FileWriter;
 use std::fs::File;
 use std::io::{BufWriter, Write};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 
 /// Documents in one record batch: the unit that a random access decodes.
 pub(super) const ROWS_PER_BATCH: usize = 64;
@@ -17,7 +19,8 @@ pub(super) const ROWS_PER_BATCH: usize = 64;
 /// Writes task documents as shards `tasks-00000.arrow`, `tasks-00001.arrow`, ... and, at the end,
 /// the manifest that makes them exist, into a directory of their own.
 ///
-/// Files are synced when they are complete. At most 64 documents are held in memory.
+/// Files are synced when they are complete, beside the writing of the next. At most 64 documents are held
+/// in memory.
 pub struct ShardWriter {
     directory: PathBuf,
     fingerprints: Fingerprints,
@@ -26,6 +29,7 @@ pub struct ShardWriter {
     pending: Vec<TaskDocument>,
     open: Option<OpenShard>,
     finished: Vec<ShardEntry>,
+    syncing: Vec<JoinHandle<Result<(), TasksError>>>,
 }
 
 /// A shard in the making.
@@ -47,6 +51,7 @@ impl ShardWriter {
             pending: Vec::new(),
             open: None,
             finished: Vec::new(),
+            syncing: Vec::new(),
         }
     }
 
@@ -77,7 +82,10 @@ impl ShardWriter {
     ) -> Result<Manifest, TasksError> {
         self.write_batch()?;
         self.close_shard()?;
-        let Self { directory, fingerprints, finished: shards, .. } = self;
+        let Self { directory, fingerprints, finished: shards, syncing, .. } = self;
+        for synced in syncing {
+            synced.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+        }
         let manifest =
             Manifest { schema_version: SCHEMA_VERSION, fingerprints, shards, sources, corpus, counts };
         manifest.write(&directory)?;
@@ -117,7 +125,8 @@ impl ShardWriter {
         let (checksum, bytes) = (output.hasher.finalize().to_hex().to_string(), output.bytes);
         let file =
             output.inner.into_inner().map_err(|error| TasksError::io(&shard.path)(error.into_error()))?;
-        file.sync_all().map_err(TasksError::io(&shard.path))?;
+        let path = shard.path;
+        self.syncing.push(thread::spawn(move || file.sync_all().map_err(TasksError::io(&path))));
         let file = manifest::shard_name(self.finished.len());
         let (documents, positions) = (shard.documents, shard.positions);
         self.finished.push(ShardEntry { file, bytes, checksum, documents, positions });
