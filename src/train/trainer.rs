@@ -10,6 +10,7 @@ use crate::model::{Decoder, KvCache, ModelError, Role, Tape, Workspace};
 use crate::time::Time;
 use rayon::prelude::*;
 use std::ops::AddAssign;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 /// Gradient buffers that micro-batches are spread over, whatever the number of threads.
@@ -145,16 +146,22 @@ pub struct Trainer {
     pub activation_bytes: u64,
     optimizer: Optimizer,
     lanes: Vec<Lane>,
+    /// Buffers that no lane is using: as many come to be as lanes ever ran at a time.
+    spare: Mutex<Vec<Buffers>>,
 }
 
-/// One gradient buffer with everything a forward and backward pass needs.
+/// One gradient buffer.
 struct Lane {
     gradients: Vec<f32>,
+    /// Seconds of the last update in forward and backward passes.
+    seconds: (f64, f64),
+}
+
+/// Everything else that a forward and backward pass needs.
+struct Buffers {
     workspace: Workspace,
     tape: Tape,
     cache: KvCache,
-    /// Seconds of the last update in forward and backward passes.
-    seconds: (f64, f64),
 }
 
 /// What all micro-batches of an update share.
@@ -188,15 +195,10 @@ impl Trainer {
     ) -> Result<Self, TrainError> {
         let optimizer = Optimizer::new(config, parameter_groups(&decoder), steps)?;
         let lanes = (0..Self::gradient_buffers(decoder.layout().len()))
-            .map(|_| Lane {
-                gradients: vec![0.0; parameters.len()],
-                workspace: Workspace::default(),
-                tape: Tape::default(),
-                cache: decoder.new_cache(),
-                seconds: (0.0, 0.0),
-            })
+            .map(|_| Lane { gradients: vec![0.0; parameters.len()], seconds: (0.0, 0.0) })
             .collect();
-        Ok(Self { decoder, parameters, activation_bytes: ACTIVATION_BYTES, optimizer, lanes })
+        let (activation_bytes, spare) = (ACTIVATION_BYTES, Mutex::default());
+        Ok(Self { decoder, parameters, activation_bytes, optimizer, lanes, spare })
     }
 
     /// Gradient buffers for a number of parameters.
@@ -246,16 +248,18 @@ impl Trainer {
         let count = self.lanes.len();
         let tokens_on_tape =
             self.activation_bytes / (count * self.decoder.tape_bytes_per_token()).max(1) as u64;
+        let spare = &self.spare;
         let in_lane = |(number, lane): (usize, &mut Lane)| {
             lane.gradients.fill(0.0);
-            lane.workspace.flops = 0;
             lane.seconds = (0.0, 0.0);
+            let mut buffers = Buffers::take(spare, pass.decoder);
             let mut totals = Totals::default();
             for batch in batches.iter().skip(number).step_by(count) {
-                lane.tape.recompute = batch.forest.ids().len() as u64 > tokens_on_tape;
-                totals.absorb(&lane.accumulate(pass, batch)?);
+                buffers.tape.recompute = batch.forest.ids().len() as u64 > tokens_on_tape;
+                totals.absorb(&lane.accumulate(pass, batch, &mut buffers)?);
             }
-            totals.flops = lane.workspace.flops;
+            totals.flops = buffers.workspace.flops;
+            buffers.give_back(spare);
             Ok(totals)
         };
         let (parts, passes): (Vec<Result<Totals, ModelError>>, _) =
@@ -295,18 +299,41 @@ impl Trainer {
     }
 }
 
+impl Buffers {
+    /// Buffers that are free, or new ones; what they hold is of no use any more.
+    fn take(spare: &Mutex<Vec<Self>>, decoder: &Decoder) -> Self {
+        let free = spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut buffers = free.unwrap_or_else(|| Self {
+            workspace: Workspace::default(),
+            tape: Tape::default(),
+            cache: decoder.new_cache(),
+        });
+        buffers.workspace.flops = 0;
+        buffers
+    }
+
+    fn give_back(self, spare: &Mutex<Vec<Self>>) {
+        spare.lock().unwrap_or_else(PoisonError::into_inner).push(self);
+    }
+}
+
 impl Lane {
     /// Adds one micro-batch's gradient.
-    fn accumulate(&mut self, pass: Pass, batch: &MicroBatch) -> Result<Totals, ModelError> {
+    fn accumulate(
+        &mut self,
+        pass: Pass,
+        batch: &MicroBatch,
+        buffers: &mut Buffers,
+    ) -> Result<Totals, ModelError> {
         let forest = &batch.forest;
         let (rows, tokens): (Vec<usize>, Vec<u32>) = batch
             .targets
             .iter()
             .filter_map(|target| Some((forest.row_before(target.segment, target.at)?, target.token)))
             .unzip();
-        self.cache.clear();
-        let extensions = forest.enter(&mut self.cache);
-        let Self { gradients, workspace, tape, cache, seconds } = self;
+        let (Self { gradients, seconds }, Buffers { workspace, tape, cache }) = (self, buffers);
+        cache.clear();
+        let extensions = forest.enter(cache);
         let start = Instant::now();
         pass.decoder.forward(forest.ids(), &extensions, cache, workspace, Some(tape))?;
         let states = pass.decoder.hidden(workspace, &rows);
