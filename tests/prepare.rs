@@ -143,6 +143,14 @@ fn a_unit_is_inspected_as_all_are_and_shows_whole_prompts() {
         assert_eq!(found["sample"][0]["footer"], "<think>");
         assert_eq!(found["sources"].as_array().unwrap().is_empty(), part == "tasks/train");
     }
+    let shard = run.join("tasks/train/unit-00002/tasks-00001.arrow");
+    let found: serde_json::Value =
+        serde_json::from_str(&succeeds([Path::new("inspect"), Path::new("--json"), &shard])).unwrap();
+    let positions: u64 =
+        found["entropy"]["bins"].as_array().unwrap().iter().map(|bin| bin.as_u64().unwrap()).sum();
+    assert_eq!((&found["kind"], &found["shard"]["positions"]), (&"task shard".into(), &positions.into()));
+    assert_eq!(found["sample"][0]["footer"], "<think>");
+    assert!(succeeds([Path::new("inspect"), &shard]).contains("entropy of the positions"));
     let people = succeeds([Path::new("inspect"), &run.join("tasks/train/unit-00002")]);
     assert!(people.contains("<think>⟦") && people.contains("length of the pieces"), "{people}");
 }

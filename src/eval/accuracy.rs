@@ -193,7 +193,9 @@ fn plain_document(
     let ids: Vec<u32> = header.iter().chain(&document.tokens[..last]).copied().collect();
     let mut best = vec![0; ids.len()];
     let mut workspace = Workspace::default();
-    for_each_logits(decoder, &ids, &mut workspace, |row, logits| best[row] = argmax(logits) as u32)?;
+    for_each_logits(decoder, std::slice::from_ref(&ids), &mut workspace, |_, row, logits| {
+        best[row] = argmax(logits) as u32;
+    })?;
     let answers = document
         .positions
         .iter()

@@ -201,7 +201,7 @@ impl EntropyHistogram {
     }
 
     /// Counts a finite entropy.
-    pub(super) fn add(&mut self, entropy: f32) {
+    pub fn add(&mut self, entropy: f32) {
         let bin = (entropy / self.upper * BINS as f32) as usize;
         self.bins[bin.min(BINS - 1)] += 1;
     }

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Corpus: a parquet or JSON-lines file, directory, glob or address in a store; generated corpus; task, model, run, rollout or checkpoint directory;
+    /// Corpus: a parquet or JSON-lines file, directory, glob or address in a store; generated corpus; task (also one shard), model, run, rollout or checkpoint directory;
     /// `hf://owner/name` or `hf://datasets/owner/name`
     path: PathBuf,
     /// Column or key that holds the text of a corpus
@@ -39,6 +39,7 @@ pub(super) struct Arguments {
 /// What a path holds.
 enum Kind {
     Tasks,
+    TaskShard,
     Checkpoint,
     Run,
     Generated,
@@ -60,6 +61,7 @@ impl Kind {
         let found = telling.into_iter().find(|(file, _)| path.join(file).is_file());
         match found {
             Some((_, kind)) => kind,
+            None if tasks::is_shard(path) => Self::TaskShard,
             None if is_rollout_log(path) => Self::Rollouts,
             None => Self::Corpus,
         }
@@ -78,6 +80,7 @@ impl Arguments {
         let kind = Kind::of(&path);
         let value = match kind {
             Kind::Tasks => tasks::inspect(&path, self.samples, self.tokenizer.as_deref())?,
+            Kind::TaskShard => tasks::inspect_shard(&path, self.samples, self.tokenizer.as_deref())?,
             Kind::Checkpoint => run::inspect_checkpoint(&path)?,
             Kind::Run => run::inspect(&path)?,
             Kind::Generated => generated::inspect(&path, self.samples)?,
@@ -86,7 +89,7 @@ impl Arguments {
             Kind::Corpus => self.corpus(&path)?,
         };
         match kind {
-            Kind::Tasks if !self.json => output::data(tasks::for_people(&value).as_bytes()),
+            Kind::Tasks | Kind::TaskShard if !self.json => output::data(tasks::for_people(&value).as_bytes()),
             Kind::Corpus if !self.json => output::data(corpus::for_people(&value).as_bytes()),
             _ => output::value(&value, self.json),
         }

@@ -10,6 +10,7 @@ use rpt::tokenize::Tokenizer;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::fmt::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Directories that are searched for a run or tokenizer: a unit of tasks is the deepest place in a run.
@@ -24,6 +25,7 @@ const BAR_LENGTH: u64 = 48;
 pub(super) fn inspect(directory: &Path, samples: usize, tokenizer: Option<&Path>) -> anyhow::Result<Value> {
     let manifest = Manifest::load(directory).map_err(rpt::Error::from)?;
     let spelling = Spelling::find(directory, tokenizer, &manifest.fingerprints)?;
+    let shards = TaskShards::open(directory, &manifest.fingerprints).map_err(rpt::Error::from)?;
     let mut counts = serde_json::to_value(&manifest.counts)?;
     let mut apart = |name: &str| counts.as_object_mut().and_then(|counts| counts.shift_remove(name));
     let (lengths, entropy) = (apart("lengths"), apart("entropy"));
@@ -41,7 +43,42 @@ pub(super) fn inspect(directory: &Path, samples: usize, tokenizer: Option<&Path>
         "top_drops": top_drops(&manifest),
         "lengths": lengths,
         "entropy": entropy,
-        "sample": sample(directory, &manifest, samples, &spelling)?,
+        "sample": sample(&shards, 0..shards.documents(), samples, &spelling)?,
+    }))
+}
+
+/// Whether a path is a shard beside the manifest of its directory.
+pub(super) fn is_shard(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "arrow")
+        && path.with_file_name("tasks.json").is_file()
+}
+
+/// What one shard holds: its entry in the manifest, lengths, the entropies of its positions, and tasks.
+pub(super) fn inspect_shard(path: &Path, samples: usize, tokenizer: Option<&Path>) -> anyhow::Result<Value> {
+    let directory = path.parent().unwrap_or(Path::new(""));
+    let manifest = Manifest::load(directory).map_err(rpt::Error::from)?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let number = manifest.shards.iter().position(|shard| shard.file == name);
+    let number = number.with_context(|| format!("{} is not in the manifest beside it", path.display()))?;
+    let first: u64 = manifest.shards[..number].iter().map(|shard| shard.documents).sum();
+    let rows = first..first + manifest.shards[number].documents;
+    let spelling = Spelling::find(directory, tokenizer, &manifest.fingerprints)?;
+    let shards = TaskShards::open(directory, &manifest.fingerprints).map_err(rpt::Error::from)?;
+    let top_k = manifest.counts.entropy.upper.exp().round() as usize;
+    let (mut lengths, mut entropy) = (LengthHistogram::default(), EntropyHistogram::new(top_k));
+    for row in rows.clone() {
+        let document = shards.document(row).map_err(rpt::Error::from)?;
+        lengths.add(document.tokens.len());
+        document.positions.iter().for_each(|position| entropy.add(position.entropy));
+    }
+    Ok(json!({
+        "kind": "task shard",
+        "path": path,
+        "shard": manifest.shards[number],
+        "fingerprints": manifest.fingerprints,
+        "lengths": lengths,
+        "entropy": entropy,
+        "sample": sample(&shards, rows, samples, &spelling)?,
     }))
 }
 
@@ -108,20 +145,22 @@ fn is_that(path: &Path, fingerprint: &str) -> bool {
     std::fs::read(path).is_ok_and(|json| blake3::hash(&json).to_hex().as_str() == fingerprint)
 }
 
+/// Tasks of documents spread over some rows.
 fn sample(
-    directory: &Path,
-    manifest: &Manifest,
+    shards: &TaskShards,
+    rows: Range<u64>,
     samples: usize,
     spelling: &Spelling,
 ) -> anyhow::Result<Vec<Value>> {
-    let shards = TaskShards::open(directory, &manifest.fingerprints).map_err(rpt::Error::from)?;
-    let count = (samples as u64).min(shards.documents());
-    let rows = (0..count).map(|number| number * shards.documents() / count);
-    rows.map(|row| {
-        let document = shards.document(row).map_err(rpt::Error::from)?;
-        task(&document, spelling).with_context(|| format!("task document {row} has no position"))
-    })
-    .collect()
+    let length = rows.end - rows.start;
+    let count = (samples as u64).min(length);
+    let chosen = (0..count).map(|number| rows.start + number * length / count);
+    chosen
+        .map(|row| {
+            let document = shards.document(row).map_err(rpt::Error::from)?;
+            task(&document, spelling).with_context(|| format!("task document {row} has no position"))
+        })
+        .collect()
 }
 
 /// The first position of a document, as the model sees it where the template is known.
@@ -157,7 +196,9 @@ pub(super) fn for_people(value: &Value) -> String {
     let mut text = output::outline(&short);
     text.push_str(&length_bars("length of the pieces (tokens):", &value["lengths"]));
     if let Ok(histogram) = serde_json::from_value::<EntropyHistogram>(value["entropy"].clone()) {
-        text.push_str(&bars("entropy of all positions with enough context (nats):", bands(&histogram)));
+        // A shard holds the positions that were chosen, the manifest the entropy of all.
+        let of = if value["kind"] == "tasks" { "all positions with enough context" } else { "the positions" };
+        text.push_str(&bars(&format!("entropy of {of} (nats):"), bands(&histogram)));
     }
     for task in value["sample"].as_array().into_iter().flatten() {
         text.push_str(&boundary(task));
