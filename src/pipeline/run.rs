@@ -273,16 +273,21 @@ fn check_inputs(
 fn claim(paths: &Paths, text: &str) -> Result<(), Error> {
     let directory = &paths.0;
     std::fs::create_dir_all(directory).map_err(PipelineError::io(directory))?;
-    match std::fs::read_to_string(paths.pipeline()) {
-        Ok(found) if found == text => Ok(()),
-        Ok(found) => {
+    let read = || std::fs::read_to_string(paths.pipeline()).ok();
+    let mut found = read();
+    if found.is_none() && holds_files(directory) {
+        // Another worker may have begun the run meanwhile; its pipeline is the first file that it writes.
+        found = read();
+        if found.is_none() {
+            return Err(PipelineError::NotARun { directory: directory.clone() }.into());
+        }
+    }
+    match found {
+        Some(found) if found != text => {
             let differences = differences(&found, text);
             Err(PipelineError::ForeignRun { directory: directory.clone(), differences }.into())
         }
-        Err(_) if holds_files(directory) => {
-            Err(PipelineError::NotARun { directory: directory.clone() }.into())
-        }
-        Err(_) => Ok(()),
+        _ => Ok(()),
     }
 }
 
