@@ -1,10 +1,10 @@
 //! Sampling alone: tokens by second.
 
 use super::workload::document;
-use super::{median, median_time, peak_rss_bytes};
+use super::{engine, median, median_time, peak_rss_bytes};
 use crate::error::Error;
 use crate::model::{Decoder, Dtype};
-use crate::rollout::{Engine, Prompt, Sampling, StopRule};
+use crate::rollout::Prompt;
 use crate::time::Time;
 use crate::tokenize::Tokenizer;
 use serde::Serialize;
@@ -61,13 +61,7 @@ pub fn decode(
     let prompts = prompts(work, tokenizer.vocab_size());
     let samples = if work.shared { work.batch } else { 1 };
     let round = |number: usize| -> Result<[Time; 2], Error> {
-        let engine = Engine {
-            decoder,
-            sampling: Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 },
-            stop: StopRule { eos: Vec::new(), strings: &[], tokenizer, max_new_tokens: work.new_tokens },
-            seed: number as u64,
-            policy_version: 0,
-        };
+        let engine = engine(decoder, tokenizer, work.new_tokens, number);
         let (generation, time) = Time::of(|| engine.generate(&prompts, samples));
         let (prefill, decode) = generation?.seconds;
         Ok(time.split([prefill, decode]))

@@ -15,7 +15,26 @@ pub use step::{StepFigures, step};
 pub use train::{TrainFigures, TrainWork, train};
 pub use workload::Workload;
 
+use crate::model::Decoder;
+use crate::rollout::{Engine, Sampling, StopRule};
 use crate::time::Time;
+use crate::tokenize::Tokenizer;
+
+/// Samples at temperature 1, to the full length; the number of the round is the seed.
+fn engine<'a>(
+    decoder: &'a Decoder,
+    tokenizer: &'a Tokenizer,
+    max_new_tokens: usize,
+    round: usize,
+) -> Engine<'a> {
+    Engine {
+        decoder,
+        sampling: Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 },
+        stop: StopRule { eos: Vec::new(), strings: &[], tokenizer, max_new_tokens },
+        seed: round as u64,
+        policy_version: 0,
+    }
+}
 
 /// The middle value, or the mean of the two in the middle.
 fn median(mut values: Vec<f64>) -> f64 {

@@ -1,11 +1,11 @@
 //! A whole step: sampling, reward, advantages, update.
 
 use super::workload::Workload;
-use super::{median, median_time, peak, peak_rss_bytes};
+use super::{engine, median, median_time, peak, peak_rss_bytes};
 use crate::config::{AdvantageScale, LossMean, OptimizerConfig, TrainConfig};
 use crate::error::Error;
 use crate::model::{Decoder, Dtype};
-use crate::rollout::{Engine, Generation, Prompt, Rollout, Sampling, StopRule};
+use crate::rollout::{Generation, Prompt, Rollout};
 use crate::time::Time;
 use crate::tokenize::Tokenizer;
 use crate::train::advantage::advantages;
@@ -108,8 +108,8 @@ fn one_step(
 ) -> Result<Measured, Error> {
     let prompts = workload.prompts(number, tokenizer.vocab_size());
     let (done, time) = Time::of(|| -> Result<_, Error> {
-        let (generation, sampling) =
-            Time::of(|| generate(trainer.decoder(), tokenizer, workload, &prompts, number));
+        let engine = engine(trainer.decoder(), tokenizer, workload.new_tokens, number);
+        let (generation, sampling) = Time::of(|| engine.generate(&prompts, workload.samples));
         let generation = generation?;
         let stats = update(trainer, workload, &prompts, &generation)?;
         let [prefill, decode] = sampling.split([generation.seconds.0, generation.seconds.1]);
@@ -131,23 +131,6 @@ fn one_step(
         unique_tokens: generation.unique_prompt_tokens + generation.sampled_tokens,
         flops: generation.flops + stats.totals.flops,
     })
-}
-
-fn generate(
-    decoder: &Decoder,
-    tokenizer: &Tokenizer,
-    workload: Workload,
-    prompts: &[Prompt],
-    number: usize,
-) -> Result<Generation, Error> {
-    let engine = Engine {
-        decoder,
-        sampling: Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 },
-        stop: StopRule { eos: Vec::new(), strings: &[], tokenizer, max_new_tokens: workload.new_tokens },
-        seed: 0,
-        policy_version: number as u64,
-    };
-    Ok(engine.generate(prompts, workload.samples)?)
 }
 
 fn update(

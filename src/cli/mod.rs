@@ -83,8 +83,8 @@ enum Command {
     Logprobs(logprobs::Arguments),
     /// Show what a file or directory holds
     ///
-    /// Knows parquet files (also directories and globs of them), generated corpora, task directories, model
-    /// directories, run directories, checkpoints, and models and datasets of the Hugging Face Hub.
+    /// Knows corpora (parquet and JSON-lines files, directories, globs, places in a store), generated corpora,
+    /// task directories and single task shards, model directories, run directories, checkpoints, and models and datasets of the Hugging Face Hub.
     #[command(after_help = help("rpt inspect runs/quickstart/tasks/train"))]
     Inspect(inspect::Arguments),
     /// Measure what steps, sampling, training and matrix products cost on this machine

@@ -118,7 +118,7 @@ impl KeyReader {
         numbers(&mut self.file, self.drops as usize)
     }
 
-    /// Adds the records of all runs whose keys `is_before` and `is_inside` of a range of keys.
+    /// Adds the records of all runs whose keys lie in a range.
     pub(super) fn read_partition(
         &mut self,
         partition: Partition,
@@ -127,7 +127,7 @@ impl KeyReader {
         for run in 0..self.starts.len() - 1 {
             let (start, end) = (self.starts[run], self.starts[run + 1]);
             let first = self.partition_point(start, end, |key| partition.is_after(key))?;
-            let last = self.partition_point(first, end, |key| partition.holds(key))?;
+            let last = self.partition_point(first, end, |key| partition.ends_after(key))?;
             self.file.seek(SeekFrom::Start(first * RECORD_BYTES))?;
             let mut bytes = vec![0; ((last - first) * RECORD_BYTES) as usize];
             self.file.read_exact(&mut bytes)?;
@@ -185,7 +185,8 @@ impl Partition {
         self.of(key) < self.number
     }
 
-    fn holds(self, key: u128) -> bool {
+    /// Whether the range ends after a key.
+    fn ends_after(self, key: u128) -> bool {
         self.of(key) <= self.number
     }
 }
