@@ -256,7 +256,7 @@ fn of_two_workers_on_one_unit_the_first_counts() {
     let (mut first, mut second) = (units.start(1).unwrap(), units.start(1).unwrap());
     let abandoned = units.start(0).unwrap();
     for unit in [&mut first, &mut second] {
-        unit.writer.push(sample(0, 2)).unwrap();
+        unit.writer.push(&[sample(0, 2)]).unwrap();
     }
     for unit in [first, second] {
         units.commit(unit, Vec::new(), CorpusCounts::default(), counts()).unwrap();
@@ -264,7 +264,7 @@ fn of_two_workers_on_one_unit_the_first_counts() {
     }
     drop(abandoned);
     let mut last = units.start(0).unwrap();
-    last.writer.push(sample(1, 2)).unwrap();
+    last.writer.push(&[sample(1, 2)]).unwrap();
     units.commit(last, Vec::new(), CorpusCounts::default(), counts()).unwrap();
     units.complete(&units.gather().unwrap().unwrap()).unwrap();
     let shards = TaskShards::open(directory.path(), &fingerprints()).unwrap();
@@ -375,8 +375,8 @@ fn sample(number: u32, positions: u32) -> TaskDocument {
 fn shard(documents: &[TaskDocument], shard_bytes: u64) -> Built {
     let directory = tempfile::tempdir().unwrap();
     let mut writer = ShardWriter::new(directory.path(), fingerprints(), shard_bytes);
-    for document in documents {
-        writer.push(document.clone()).unwrap();
+    for documents in documents.chunks(37) {
+        writer.push(documents).unwrap();
     }
     let mut counts = build(&settings(), &[document("a", TEXT)]).manifest.counts;
     counts.positions = documents.iter().map(|document| document.positions.len() as u64).sum();

@@ -2,14 +2,17 @@
 
 use super::cut::{Cutter, Piece};
 use super::select::{Rule, Scored};
-use super::{PositionScore, Proxy, ShardWriter, TaskCounts, TaskDocument, TasksError};
+use super::{PositionScore, Proxy, ShardWriter, TaskCounts, TaskDocument, TasksError, codec};
 use crate::config::TasksConfig;
 use crate::corpus::Document;
 use crate::error::Error;
 use crate::ordered::{Batches, ordered_map};
 use crate::tokenize::Tokenizer;
+use arrow::array::RecordBatch;
+use arrow::datatypes::Schema;
 use rayon::prelude::*;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, ScopedJoinHandle};
 
@@ -39,8 +42,11 @@ pub struct TaskBuilder<'a> {
     pub keep_marked: bool,
 }
 
-/// Documents on their way to the writer.
-type Outgoing = SyncSender<Vec<TaskDocument>>;
+/// Rows on their way to the writer.
+struct Outgoing {
+    schema: Arc<Schema>,
+    rows: SyncSender<RecordBatch>,
+}
 
 impl TaskBuilder<'_> {
     /// Builds the tasks of `documents`.
@@ -56,7 +62,8 @@ impl TaskBuilder<'_> {
         let documents = documents.into_iter().take(usize::try_from(limit).unwrap_or(usize::MAX));
         let batches = Batches::new(documents, |document: &Document| document.text.len());
         thread::scope(|scope| {
-            let (outgoing, finished) = sync_channel(WAITING);
+            let (rows, finished) = sync_channel(WAITING);
+            let outgoing = Outgoing { schema: Arc::clone(writer.schema()), rows };
             let writing = scope.spawn(move || write(&finished, writer));
             let counts = match self.proxy {
                 None => self.build_unscored(batches, &outgoing),
@@ -84,12 +91,12 @@ impl TaskBuilder<'_> {
                 let scores = &blank[..piece.own];
                 self.select(piece, scores, &mut counts)
             });
-            Ok((chosen.collect(), counts))
+            Ok((outgoing.encode(&chosen.collect::<Vec<_>>())?, counts))
         };
-        ordered_map(batches, choose, |chosen: Result<(Vec<_>, _), Error>| {
-            let (documents, part) = chosen?;
+        ordered_map(batches, choose, |chosen: Result<_, Error>| {
+            let (rows, part) = chosen?;
             counts += &part;
-            send(outgoing, documents)
+            outgoing.send(rows)
         })?;
         Ok(counts)
     }
@@ -111,13 +118,13 @@ impl TaskBuilder<'_> {
                 counts += &part;
                 for piece in pieces {
                     if let Some(ready) = queue.push(piece) {
-                        send(outgoing, self.finish(ready, proxy, &mut counts)?)?;
+                        outgoing.send_all(&self.finish(ready, proxy, &mut counts)?)?;
                     }
                 }
                 Ok::<(), Error>(())
             },
         )?;
-        send(outgoing, self.finish(queue.pieces, proxy, &mut counts)?)?;
+        outgoing.send_all(&self.finish(queue.pieces, proxy, &mut counts)?)?;
         Ok(counts)
     }
 
@@ -222,14 +229,25 @@ impl Queue {
     }
 }
 
-fn send(outgoing: &Outgoing, documents: Vec<TaskDocument>) -> Result<(), Error> {
-    // Why the writer stopped is said when it is joined.
-    let stopped = |_| TasksError::io(Path::new("task shards"))(std::io::Error::other("writing stopped"));
-    Ok(outgoing.send(documents).map_err(stopped)?)
+impl Outgoing {
+    fn encode(&self, documents: &[TaskDocument]) -> Result<RecordBatch, Error> {
+        let place = Path::new("task shards");
+        Ok(codec::encode(&self.schema, documents).map_err(TasksError::arrow(place))?)
+    }
+
+    fn send_all(&self, documents: &[TaskDocument]) -> Result<(), Error> {
+        self.send(self.encode(documents)?)
+    }
+
+    fn send(&self, rows: RecordBatch) -> Result<(), Error> {
+        // Why the writer stopped is said when it is joined.
+        let stopped = |_| TasksError::io(Path::new("task shards"))(std::io::Error::other("writing stopped"));
+        Ok(self.rows.send(rows).map_err(stopped)?)
+    }
 }
 
-fn write(finished: &Receiver<Vec<TaskDocument>>, writer: &mut ShardWriter) -> Result<(), TasksError> {
-    finished.iter().flatten().try_for_each(|document| writer.push(document))
+fn write(finished: &Receiver<RecordBatch>, writer: &mut ShardWriter) -> Result<(), TasksError> {
+    finished.iter().try_for_each(|rows| writer.push_rows(&rows))
 }
 
 /// The result of a thread; its panic becomes this one's.

@@ -19,6 +19,9 @@ const LISTS: [(&str, DataType); 6] = [
     ("position_label", DataType::Utf8),
 ];
 
+/// The first of the columns that hold one item for each position.
+const POSITION_INDEX: usize = 3;
+
 /// The schema of a shard; its metadata say what the tasks were built with.
 pub(super) fn schema(fingerprints: &Fingerprints) -> Schema {
     let list = |(name, item)| Field::new_list(name, Field::new_list_field(item, true), false);
@@ -89,6 +92,12 @@ fn label_lists(documents: &[TaskDocument]) -> ArrayRef {
         lists.append(true);
     }
     Arc::new(lists.finish())
+}
+
+/// The positions of a record batch's rows.
+pub(super) fn positions(batch: &RecordBatch) -> u64 {
+    let lists = batch.column(POSITION_INDEX).as_list_opt::<i32>();
+    lists.map_or(0, |lists| (0..lists.len()).map(|row| lists.value_length(row) as u64).sum())
 }
 
 /// One row of a record batch that has the columns of [`schema`].

@@ -35,6 +35,7 @@ pub use truth::{TRUTH_TOKENS, Truth};
 pub use units::{OpenUnit, TaskUnits};
 pub use writer::ShardWriter;
 
+use arrow::error::ArrowError;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -130,6 +131,15 @@ impl TasksError {
 
     fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
         move |source| Self::Io { path: path.to_owned(), source }
+    }
+
+    fn arrow(path: &Path) -> impl FnOnce(ArrowError) -> Self + '_ {
+        move |error| {
+            Self::io(path)(match error {
+                ArrowError::IoError(_, source) => source,
+                other => std::io::Error::other(other),
+            })
+        }
     }
 
     fn damaged(path: &Path, what: impl Into<String>) -> Self {

@@ -3,8 +3,9 @@
 use super::manifest::{self, Fingerprints, Manifest, SCHEMA_VERSION, ShardEntry};
 use super::{TaskCounts, TaskDocument, TasksError, codec};
 use crate::corpus::{CorpusCounts, SourceRange};
+use arrow::array::RecordBatch;
+use arrow::compute::concat_batches;
 use arrow::datatypes::Schema;
-use arrow::error::ArrowError;
 use arrow::ipc::writer::FileWriter;
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -19,14 +20,15 @@ pub(super) const ROWS_PER_BATCH: usize = 64;
 /// Writes task documents as shards `tasks-00000.arrow`, `tasks-00001.arrow`, ... and, at the end,
 /// the manifest that makes them exist, into a directory of their own.
 ///
-/// Files are synced when they are complete, beside the writing of the next. At most 64 documents are held
-/// in memory.
+/// Files are synced when they are complete, beside the writing of the next. Fewer than 64 documents wait
+/// for others.
 pub struct ShardWriter {
     directory: PathBuf,
     fingerprints: Fingerprints,
     schema: Arc<Schema>,
     shard_bytes: u64,
-    pending: Vec<TaskDocument>,
+    /// Fewer rows than a record batch has.
+    pending: Vec<RecordBatch>,
     open: Option<OpenShard>,
     finished: Vec<ShardEntry>,
     syncing: Vec<JoinHandle<Result<(), TasksError>>>,
@@ -55,16 +57,37 @@ impl ShardWriter {
         }
     }
 
-    /// Adds a document, which must have a position.
+    /// The columns of a row.
+    pub(super) fn schema(&self) -> &Arc<Schema> {
+        &self.schema
+    }
+
+    /// Adds documents, each of which must have a position.
     ///
     /// # Errors
     /// Fails when a shard cannot be written.
-    pub fn push(&mut self, document: TaskDocument) -> Result<(), TasksError> {
-        self.pending.push(document);
-        if self.pending.len() < ROWS_PER_BATCH {
-            return Ok(());
+    pub fn push(&mut self, documents: &[TaskDocument]) -> Result<(), TasksError> {
+        let rows = codec::encode(&self.schema, documents).map_err(TasksError::arrow(&self.directory))?;
+        self.push_rows(&rows)
+    }
+
+    /// Adds documents that are encoded already.
+    pub(super) fn push_rows(&mut self, rows: &RecordBatch) -> Result<(), TasksError> {
+        let (mut start, end) = (0, rows.num_rows());
+        while start < end {
+            let waiting: usize = self.pending.iter().map(RecordBatch::num_rows).sum();
+            let count = (ROWS_PER_BATCH - waiting).min(end - start);
+            self.pending.push(rows.slice(start, count));
+            start += count;
+            if waiting + count == ROWS_PER_BATCH {
+                self.write_batch()?;
+                self.close_full_shard()?;
+            }
         }
-        self.write_batch()?;
+        Ok(())
+    }
+
+    fn close_full_shard(&mut self) -> Result<(), TasksError> {
         let is_full =
             self.open.as_ref().is_some_and(|shard| shard.writer.get_ref().bytes >= self.shard_bytes);
         if is_full { self.close_shard() } else { Ok(()) }
@@ -100,10 +123,12 @@ impl ShardWriter {
             Some(shard) => shard,
             None => self.open_shard()?,
         };
-        shard.documents += self.pending.len() as u64;
-        shard.positions += self.pending.iter().map(|document| document.positions.len() as u64).sum::<u64>();
-        let written = codec::encode(&self.schema, &self.pending).and_then(|batch| shard.writer.write(&batch));
-        written.map_err(write_error(&shard.path))?;
+        let written = concat_batches(&self.schema, &self.pending).and_then(|batch| {
+            shard.documents += batch.num_rows() as u64;
+            shard.positions += codec::positions(&batch);
+            shard.writer.write(&batch)
+        });
+        written.map_err(TasksError::arrow(&shard.path))?;
         self.pending.clear();
         self.open = Some(shard);
         Ok(())
@@ -113,15 +138,15 @@ impl ShardWriter {
         let path = self.directory.join(manifest::shard_name(self.finished.len()));
         let file = File::create(&path).map_err(TasksError::io(&path))?;
         let writer = FileWriter::try_new(Hashing::new(BufWriter::new(file)), &self.schema);
-        let writer = writer.map_err(write_error(&path))?;
+        let writer = writer.map_err(TasksError::arrow(&path))?;
         Ok(OpenShard { path, writer, documents: 0, positions: 0 })
     }
 
     fn close_shard(&mut self) -> Result<(), TasksError> {
         let Some(mut shard) = self.open.take() else { return Ok(()) };
         shard.writer.write_metadata("rpt.rows", shard.documents.to_string());
-        shard.writer.finish().map_err(write_error(&shard.path))?;
-        let output = shard.writer.into_inner().map_err(write_error(&shard.path))?;
+        shard.writer.finish().map_err(TasksError::arrow(&shard.path))?;
+        let output = shard.writer.into_inner().map_err(TasksError::arrow(&shard.path))?;
         let (checksum, bytes) = (output.hasher.finalize().to_hex().to_string(), output.bytes);
         let file =
             output.inner.into_inner().map_err(|error| TasksError::io(&shard.path)(error.into_error()))?;
@@ -131,15 +156,6 @@ impl ShardWriter {
         let (documents, positions) = (shard.documents, shard.positions);
         self.finished.push(ShardEntry { file, bytes, checksum, documents, positions });
         Ok(())
-    }
-}
-
-fn write_error(path: &Path) -> impl FnOnce(ArrowError) -> TasksError + '_ {
-    move |error| {
-        TasksError::io(path)(match error {
-            ArrowError::IoError(_, source) => source,
-            other => std::io::Error::other(other),
-        })
     }
 }
 
