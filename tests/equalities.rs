@@ -5,8 +5,7 @@
 mod common;
 
 use common::{model, random_forest};
-use rpt::kernels::head::TargetGradient;
-use rpt::model::{Decoder, Dtype, Extension, Forest, Tape, Workspace};
+use rpt::model::{Decoder, Dtype, Extension, Forest, Tape, Targets, TokenGradient, TokenScore, Workspace};
 
 const VOCAB: u32 = 90;
 
@@ -119,36 +118,53 @@ fn siblings_decoded_together_equal_prefill() {
     }
 }
 
-/// Targets of a forest: every row with a successor in its segment, with varied coefficients.
-fn targets(forest: &Forest) -> (Vec<usize>, Vec<TargetGradient>) {
-    let mut rows = Vec::new();
-    let mut targets = Vec::new();
-    for (number, segment) in forest.segments().iter().enumerate() {
-        for at in 0..segment.length {
-            let Some(row) = forest.row_before(number, at) else { continue };
-            rows.push(row);
-            targets.push(TargetGradient {
-                target: forest.ids()[segment.row + at],
-                coefficient: ((rows.len() * 7 % 11) as f32 - 5.0) * 0.1,
-                inverse_temperature: if rows.len().is_multiple_of(2) { 1.0 } else { 1.25 },
-            });
+/// Inverse temperature of the policy.
+const INVERSE_TEMPERATURE: f32 = 1.25;
+
+/// Every token of a forest with a token before it.
+#[derive(Default)]
+struct Wanted {
+    rows: Vec<usize>,
+    tokens: Vec<u32>,
+    /// Varied derivatives, with respect to one log-probability or the other.
+    gradients: Vec<TokenGradient>,
+}
+
+impl Wanted {
+    fn of(forest: &Forest) -> Self {
+        let mut wanted = Self::default();
+        for (number, segment) in forest.segments().iter().enumerate() {
+            for at in 0..segment.length {
+                let Some(row) = forest.row_before(number, at) else { continue };
+                wanted.rows.push(row);
+                wanted.tokens.push(forest.ids()[segment.row + at]);
+                let derivative = ((wanted.rows.len() * 7 % 11) as f32 - 5.0) * 0.1;
+                wanted.gradients.push(match wanted.rows.len() % 2 {
+                    0 => TokenGradient::Logprob(derivative),
+                    _ => TokenGradient::PolicyLogprob(derivative),
+                });
+            }
         }
+        wanted
     }
-    (rows, targets)
+
+    fn targets(&self) -> Targets<'_> {
+        Targets { rows: &self.rows, tokens: &self.tokens, inverse_temperature: INVERSE_TEMPERATURE }
+    }
 }
 
 fn loss(decoder: &Decoder, forest: &Forest) -> f64 {
-    let (rows, targets) = targets(forest);
+    let wanted = Wanted::of(forest);
     let states = forward(decoder, forest, None);
     let width = decoder.config().hidden_size;
-    rows.iter()
-        .zip(&targets)
-        .map(|(row, t)| {
-            let state = &states[row * width..][..width];
-            let score = decoder.score(state, &[t.target], t.inverse_temperature, &mut Workspace::default());
-            f64::from(t.coefficient) * f64::from(score[0].policy_logprob)
-        })
-        .sum()
+    let states: Vec<f32> =
+        wanted.rows.iter().flat_map(|row| &states[row * width..][..width]).copied().collect();
+    let scores = decoder.score(&states, &wanted.tokens, INVERSE_TEMPERATURE, &mut Workspace::default());
+    let of = |(score, gradient): (&TokenScore, &TokenGradient)| match *gradient {
+        TokenGradient::Logprob(derivative) => f64::from(derivative) * f64::from(score.logprob),
+        TokenGradient::PolicyLogprob(derivative) => f64::from(derivative) * f64::from(score.policy_logprob),
+    };
+    scores.iter().zip(&wanted.gradients).map(of).sum()
 }
 
 fn gradient(decoder: &Decoder, forest: &Forest) -> Vec<f32> {
@@ -156,14 +172,15 @@ fn gradient(decoder: &Decoder, forest: &Forest) -> Vec<f32> {
 }
 
 fn gradient_of(decoder: &Decoder, forest: &Forest, recompute: bool) -> Vec<f32> {
-    let (rows, targets) = targets(forest);
+    let wanted = Wanted::of(forest);
     let (mut cache, mut workspace) = (decoder.new_cache(), Workspace::default());
     let mut tape = Tape::default();
     tape.recompute = recompute;
     let extensions = forest.enter(&mut cache);
     decoder.forward(forest.ids(), &extensions, &mut cache, &mut workspace, Some(&mut tape)).unwrap();
     let mut gradients = vec![0.0; decoder.parameters().len()];
-    decoder.backward(&tape, &mut cache, &rows, &targets, &mut gradients, &mut workspace);
+    let gradient = |at: usize, _: &TokenScore| wanted.gradients[at];
+    decoder.backward(&tape, &mut cache, &wanted.targets(), gradient, &mut gradients, &mut workspace);
     gradients
 }
 
@@ -207,7 +224,7 @@ fn shared_prefixes_give_the_gradients_of_unshared_ones() {
         let forest = random_forest(400 + kind as u64, u64::from(VOCAB));
         let shared = gradient(&decoder, &forest);
         // Every target from its own path, alone.
-        let (_, all) = targets(&forest);
+        let all = Wanted::of(&forest);
         let mut next = 0;
         let mut unshared = vec![0.0_f64; shared.len()];
         for (number, segment) in forest.segments().iter().enumerate() {
@@ -225,13 +242,18 @@ fn shared_prefixes_give_the_gradients_of_unshared_ones() {
                     .forward(alone.ids(), &extensions, &mut cache, &mut workspace, Some(&mut tape))
                     .unwrap();
                 let mut part = vec![0.0; shared.len()];
-                let row = [alone.ids().len() - 1];
-                decoder.backward(&tape, &mut cache, &row, &all[next..=next], &mut part, &mut workspace);
+                let targets = Targets {
+                    rows: &[alone.ids().len() - 1],
+                    tokens: &all.tokens[next..=next],
+                    inverse_temperature: INVERSE_TEMPERATURE,
+                };
+                let gradient = |_: usize, _: &TokenScore| all.gradients[next];
+                decoder.backward(&tape, &mut cache, &targets, gradient, &mut part, &mut workspace);
                 unshared.iter_mut().zip(&part).for_each(|(sum, part)| *sum += f64::from(*part));
                 next += 1;
             }
         }
-        assert_eq!(next, all.len());
+        assert_eq!(next, all.tokens.len());
         let scale = unshared.iter().fold(0.0_f64, |m, g| m.max(g.abs()));
         for (shared, unshared) in shared.iter().zip(&unshared) {
             assert!((f64::from(*shared) - unshared).abs() < 1e-4 * scale, "{kind}: {shared} {unshared}");

@@ -4,8 +4,7 @@
 
 mod common;
 
-use rpt::kernels::head::TargetGradient;
-use rpt::model::{Decoder, Forest, Tape, Workspace};
+use rpt::model::{Decoder, Forest, Tape, Targets, TokenGradient, TokenScore, Workspace};
 use serde_json::Value;
 
 fn numbers(value: &Value) -> Vec<f64> {
@@ -78,12 +77,10 @@ fn check_gradients(name: &str, decoder: &Decoder, golden: &Value) {
     decoder.forward(&tokens, &extensions, &mut cache, &mut workspace, Some(&mut tape)).unwrap();
     let rows: Vec<usize> = (0..tokens.len() - 1).collect();
     let coefficient = -1.0 / rows.len() as f32;
-    let targets: Vec<TargetGradient> = tokens[1..]
-        .iter()
-        .map(|target| TargetGradient { target: *target, coefficient, inverse_temperature: 1.0 })
-        .collect();
+    let targets = Targets { rows: &rows, tokens: &tokens[1..], inverse_temperature: 1.0 };
+    let gradient = |_: usize, _: &TokenScore| TokenGradient::Logprob(coefficient);
     let mut gradients = vec![0.0; decoder.parameters().len()];
-    decoder.backward(&tape, &mut cache, &rows, &targets, &mut gradients, &mut workspace);
+    decoder.backward(&tape, &mut cache, &targets, gradient, &mut gradients, &mut workspace);
     for parameter in decoder.layout().parameters() {
         let grad = &gradients[parameter.range.clone()];
         let expected = &expected[&parameter.name];

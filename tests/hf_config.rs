@@ -2,8 +2,10 @@
 //! not implemented. `tests/golden/rotary.json` holds what transformers computes.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-use rpt::kernels::head::TargetGradient;
-use rpt::model::{Decoder, DecoderConfig, Dtype, Extension, Forest, Layout, ModelError, Tape, Workspace};
+use rpt::model::{
+    Decoder, DecoderConfig, Dtype, Extension, Forest, Layout, ModelError, Tape, Targets, TokenGradient,
+    TokenScore, Workspace,
+};
 use rpt::random::Stream;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -276,11 +278,9 @@ fn gradients(decoder: &Decoder, ids: &[u32], targets: &[u32]) -> Vec<f32> {
     let extensions = forest.enter(&mut cache);
     decoder.forward(ids, &extensions, &mut cache, &mut workspace, Some(&mut tape)).unwrap();
     let rows: Vec<usize> = (0..ids.len()).collect();
-    let targets: Vec<TargetGradient> = targets
-        .iter()
-        .map(|target| TargetGradient { target: *target, coefficient: 1.0, inverse_temperature: 1.0 })
-        .collect();
+    let targets = Targets { rows: &rows, tokens: targets, inverse_temperature: 1.0 };
+    let gradient = |_: usize, _: &TokenScore| TokenGradient::Logprob(1.0);
     let mut gradients = vec![0.0; decoder.parameters().len()];
-    decoder.backward(&tape, &mut cache, &rows, &targets, &mut gradients, &mut workspace);
+    decoder.backward(&tape, &mut cache, &targets, gradient, &mut gradients, &mut workspace);
     gradients
 }

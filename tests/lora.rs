@@ -5,8 +5,10 @@ mod common;
 
 use common::{model, random_forest};
 use rpt::config::{OptimizerConfig, TrainConfig};
-use rpt::kernels::head::TargetGradient;
-use rpt::model::{Decoder, Dtype, Forest, LoraShape, MODULES, ModelError, Tape, Workspace};
+use rpt::model::{
+    Decoder, Dtype, Forest, LoraShape, MODULES, ModelError, Tape, Targets, TokenGradient, TokenScore,
+    Workspace,
+};
 use rpt::random::Stream;
 use rpt::train::loss::PolicyLoss;
 use rpt::train::{Component, MicroBatch, Target, Trainer};
@@ -28,36 +30,36 @@ fn adapted(kind: usize, modules: &[&str]) -> Decoder {
     decoder
 }
 
-fn rows_and_targets(forest: &Forest) -> (Vec<usize>, Vec<TargetGradient>) {
+fn rows_and_tokens(forest: &Forest) -> (Vec<usize>, Vec<u32>) {
     let segments = forest.segments().iter().enumerate();
     let places = segments.flat_map(|(number, segment)| (0..segment.length).map(move |at| (number, at)));
     places
         .filter_map(|(segment, at)| {
             let row = forest.row_before(segment, at)?;
-            let target = forest.ids()[forest.segments()[segment].row + at];
-            Some((row, TargetGradient { target, coefficient: 1.0, inverse_temperature: 1.0 }))
+            Some((row, forest.ids()[forest.segments()[segment].row + at]))
         })
         .unzip()
 }
 
 fn objective(decoder: &Decoder, forest: &Forest) -> f64 {
-    let (rows, targets) = rows_and_targets(forest);
+    let (rows, tokens) = rows_and_tokens(forest);
     let (mut cache, mut workspace) = (decoder.new_cache(), Workspace::default());
     let extensions = forest.enter(&mut cache);
     decoder.forward(forest.ids(), &extensions, &mut cache, &mut workspace, None).unwrap();
     let states = decoder.hidden(&workspace, &rows);
-    let tokens: Vec<u32> = targets.iter().map(|target| target.target).collect();
     let scores = decoder.score(&states, &tokens, 1.0, &mut workspace);
     scores.iter().map(|score| f64::from(score.logprob)).sum()
 }
 
 fn gradient(decoder: &Decoder, forest: &Forest) -> Vec<f32> {
-    let (rows, targets) = rows_and_targets(forest);
+    let (rows, tokens) = rows_and_tokens(forest);
     let (mut cache, mut workspace, mut tape) = (decoder.new_cache(), Workspace::default(), Tape::default());
     let extensions = forest.enter(&mut cache);
     decoder.forward(forest.ids(), &extensions, &mut cache, &mut workspace, Some(&mut tape)).unwrap();
     let mut gradients = vec![0.0; decoder.trainable().len()];
-    decoder.backward(&tape, &mut cache, &rows, &targets, &mut gradients, &mut workspace);
+    let targets = Targets { rows: &rows, tokens: &tokens, inverse_temperature: 1.0 };
+    let gradient = |_: usize, _: &TokenScore| TokenGradient::Logprob(1.0);
+    decoder.backward(&tape, &mut cache, &targets, gradient, &mut gradients, &mut workspace);
     gradients
 }
 

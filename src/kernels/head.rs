@@ -1,5 +1,5 @@
-//! Linear head + log-softmax + gather + entropy, chunked over the vocabulary: full logits of a
-//! training batch never exist.
+//! Linear head + log-softmax + gather + entropy, chunked over the vocabulary and, in training, over
+//! rows: full logits of a training batch never exist.
 //!
 //! The normaliser is built from blocks of [`BLOCK`] logits in order, each reduced over sixteen
 //! lanes. The engine, which holds a row of logits to sample from, runs the same blocks, so a
@@ -11,9 +11,14 @@ use super::matmul::{Left, matmul, matmul_transposed};
 use super::packed::Packed;
 use super::parallel::for_each_row;
 use super::simd::multiversion;
+use rayon::prelude::*;
 
 /// Vocabulary entries reduced together.
 pub const BLOCK: usize = 512;
+/// Rows whose logits exist together in training.
+const ROWS_AT_ONCE: usize = 256;
+/// Rows of a block that a task reduces at least.
+const ROWS_PER_TASK: usize = 32;
 
 /// An embedding or output matrix `[vocabulary, hidden]`, cut into blocks of [`BLOCK`] entries and packed.
 #[derive(Clone, Debug, Default)]
@@ -136,18 +141,28 @@ pub fn score(
     targets: &[u32],
     inverse_temperature: f32,
 ) -> Vec<TokenScore> {
-    let rows = targets.len();
-    let mut states = vec![RowState::new(inverse_temperature); rows];
+    let mut states = vec![RowState::new(inverse_temperature); targets.len()];
     let mut logits = Vec::new();
     for (at, block) in head.blocks.iter().enumerate() {
-        let width = block.columns();
-        logits.resize(rows * width, 0.0);
-        matmul(Left::rows(hidden, head.hidden), rows, block, &mut logits, false);
-        for ((state, logits), target) in states.iter_mut().zip(logits.chunks_exact(width)).zip(targets) {
-            state.add(logits, (*target as usize).wrapping_sub(at * BLOCK));
-        }
+        logits.resize(targets.len() * block.columns(), 0.0);
+        matmul(Left::rows(hidden, head.hidden), targets.len(), block, &mut logits, false);
+        take_in(&mut states, &logits, targets, at);
     }
     states.iter().map(RowState::score).collect()
+}
+
+/// Takes the logits of block number `at` into the states of all rows.
+fn take_in(states: &mut [RowState], logits: &[f32], targets: &[u32], at: usize) {
+    let width = logits.len() / states.len().max(1);
+    let rows = states.par_iter_mut().zip(logits.par_chunks_exact(width.max(1))).zip(targets);
+    rows.with_min_len(ROWS_PER_TASK).for_each(|((state, logits), target)| {
+        state.add(logits, place_in(*target, at));
+    });
+}
+
+/// Place of an entry of the vocabulary within block number `at`; outside of it when it is elsewhere.
+fn place_in(entry: u32, at: usize) -> usize {
+    (entry as usize).wrapping_sub(at * BLOCK)
 }
 
 #[derive(Clone)]
@@ -173,73 +188,129 @@ impl RowState {
         }
     }
 
+    fn policy(&self) -> &Normalizer {
+        self.tempered.as_ref().unwrap_or(&self.plain)
+    }
+
     fn score(&self) -> TokenScore {
-        let logprob = self.plain.logprob(self.target);
-        let policy_logprob = self.tempered.as_ref().map_or(logprob, |tempered| tempered.logprob(self.target));
-        TokenScore { logprob, policy_logprob, entropy: self.plain.entropy() }
+        TokenScore {
+            logprob: self.plain.logprob(self.target),
+            policy_logprob: self.policy().logprob(self.target),
+            entropy: self.plain.entropy(),
+        }
+    }
+
+    fn logit_gradient(&self, of: TokenGradient) -> LogitGradient {
+        let (normalizer, derivative) = match of {
+            TokenGradient::Logprob(derivative) => (&self.plain, derivative),
+            TokenGradient::PolicyLogprob(derivative) => (self.policy(), derivative),
+        };
+        let inverse_temperature = normalizer.inverse_temperature;
+        let factor = derivative * inverse_temperature;
+        LogitGradient { inverse_temperature, log_sum: normalizer.log_sum(), factor }
     }
 }
 
-/// One row of the backward pass: the gradient of `coefficient x policy log-probability of target`.
-#[derive(Clone, Copy, Debug)]
-pub struct TargetGradient {
-    /// The token.
-    pub target: u32,
-    /// Derivative of the loss with respect to its policy log-probability.
-    pub coefficient: f32,
-    /// Inverse temperature of the policy.
-    pub inverse_temperature: f32,
+/// Derivative of a loss with respect to one of the log-probabilities of a [`TokenScore`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum TokenGradient {
+    /// With respect to `logprob`.
+    Logprob(f32),
+    /// With respect to `policy_logprob`.
+    PolicyLogprob(f32),
 }
 
-/// Adds the gradients of hidden states `[rows, hidden]` and, where it is trained, of the weight
-/// `[vocabulary, hidden]`.
-///
-/// d logprob(t) / d logit(c) = `inverse_temperature` * ([c = t] - p(c)).
-pub fn backward(
-    head: &PackedHead,
-    hidden: &[f32],
-    targets: &[TargetGradient],
-    grad_hidden: &mut [f32],
-    mut grad_weight: Option<&mut [f32]>,
-) {
-    let rows = targets.len();
-    let normalizers = normalizers(head, hidden, targets);
-    let mut packed_hidden = Packed::default();
-    packed_hidden.pack(hidden, rows, head.hidden, head.hidden);
-    let mut logits = Vec::new();
-    for (at, block) in head.blocks.iter().enumerate() {
-        let width = block.columns();
-        logits.resize(rows * width, 0.0);
-        matmul(Left::rows(hidden, head.hidden), rows, block, &mut logits, false);
-        for_each_row(&mut logits, width, |row, logits| {
-            let TargetGradient { target, coefficient, inverse_temperature } = targets[row];
-            let factor = coefficient * inverse_temperature;
-            logit_gradients(logits, inverse_temperature, normalizers[row], factor);
-            if let Some(logit) = logits.get_mut((target as usize).wrapping_sub(at * BLOCK)) {
-                *logit += factor;
-            }
-        });
-        matmul_transposed(&logits, rows, block, grad_hidden, true);
-        if let Some(grad_weight) = grad_weight.as_deref_mut() {
-            let grad_block = &mut grad_weight[at * BLOCK * head.hidden..][..width * head.hidden];
-            matmul(Left::transposed(&logits, width), width, &packed_hidden, grad_block, true);
+/// The gradient of one row of logits: `factor * ([c = target] - p(c))`, p being their softmax at the
+/// inverse temperature.
+#[derive(Clone, Copy)]
+struct LogitGradient {
+    inverse_temperature: f32,
+    log_sum: f32,
+    factor: f32,
+}
+
+impl LogitGradient {
+    /// Replaces a block of the row's logits by their gradients.
+    fn replace(&self, logits: &mut [f32], target: usize) {
+        logit_gradients(logits, self.inverse_temperature, self.log_sum, self.factor);
+        if let Some(logit) = logits.get_mut(target) {
+            *logit += self.factor;
         }
     }
 }
 
-/// Log-sums of every row.
-fn normalizers(head: &PackedHead, hidden: &[f32], targets: &[TargetGradient]) -> Vec<f32> {
-    let rows = targets.len();
-    let mut states: Vec<Normalizer> =
-        targets.iter().map(|target| Normalizer::new(target.inverse_temperature)).collect();
-    let mut logits = Vec::new();
-    for block in &head.blocks {
-        let width = block.columns();
-        logits.resize(rows * width, 0.0);
-        matmul(Left::rows(hidden, head.hidden), rows, block, &mut logits, false);
-        states.iter_mut().zip(logits.chunks_exact(width)).for_each(|(state, logits)| state.add(logits));
+/// Scores one target per row of `hidden [rows, hidden]`, asks `gradient` (in the rows' order) for the
+/// derivative of the loss with respect to each score, and adds the gradients of the hidden states
+/// and, where it is trained, of the weight `[vocabulary, hidden]`.
+///
+/// Logits are computed once, for 256 rows at a time.
+/// d logprob(t) / d logit(c) = `inverse_temperature` * ([c = t] - p(c)).
+pub fn score_and_backward(
+    head: &PackedHead,
+    hidden: &[f32],
+    targets: &[u32],
+    inverse_temperature: f32,
+    mut gradient: impl FnMut(usize, &TokenScore) -> TokenGradient,
+    grad_hidden: &mut [f32],
+    mut grad_weight: Option<&mut [f32]>,
+) {
+    let mut chunk = Chunk { head, logits: Vec::new(), packed_hidden: Packed::default() };
+    let values_at_once = ROWS_AT_ONCE * head.hidden;
+    let inputs = hidden.chunks(values_at_once).zip(grad_hidden.chunks_mut(values_at_once));
+    for (number, (targets, (hidden, grad_hidden))) in targets.chunks(ROWS_AT_ONCE).zip(inputs).enumerate() {
+        let states = chunk.score(hidden, targets, inverse_temperature);
+        let rows = states.iter().zip(number * ROWS_AT_ONCE..);
+        let gradients: Vec<LogitGradient> =
+            rows.map(|(state, row)| state.logit_gradient(gradient(row, &state.score()))).collect();
+        chunk.backward(hidden, targets, &gradients, grad_hidden, grad_weight.as_deref_mut());
     }
-    states.iter().map(Normalizer::log_sum).collect()
+}
+
+/// Some rows of the head's forward and backward pass.
+struct Chunk<'a> {
+    head: &'a PackedHead,
+    /// One block of the vocabulary after the other, each `[rows, its entries]`.
+    logits: Vec<f32>,
+    packed_hidden: Packed,
+}
+
+impl Chunk<'_> {
+    fn score(&mut self, hidden: &[f32], targets: &[u32], inverse_temperature: f32) -> Vec<RowState> {
+        let rows = targets.len();
+        let mut states = vec![RowState::new(inverse_temperature); rows];
+        self.logits.resize(rows * self.head.vocabulary, 0.0);
+        let blocks = self.head.blocks.iter().zip(self.logits.chunks_mut(rows * BLOCK));
+        for (at, (block, logits)) in blocks.enumerate() {
+            matmul(Left::rows(hidden, self.head.hidden), rows, block, logits, false);
+            take_in(&mut states, logits, targets, at);
+        }
+        states
+    }
+
+    /// Turns the logits into their gradients, and those into the gradients of both factors.
+    fn backward(
+        &mut self,
+        hidden: &[f32],
+        targets: &[u32],
+        gradients: &[LogitGradient],
+        grad_hidden: &mut [f32],
+        mut grad_weight: Option<&mut [f32]>,
+    ) {
+        let (rows, columns) = (targets.len(), self.head.hidden);
+        self.packed_hidden.pack(hidden, rows, columns, columns);
+        let blocks = self.head.blocks.iter().zip(self.logits.chunks_mut(rows * BLOCK));
+        for (at, (block, logits)) in blocks.enumerate() {
+            let width = block.columns();
+            for_each_row(logits, width, |row, logits| {
+                gradients[row].replace(logits, place_in(targets[row], at));
+            });
+            matmul_transposed(logits, rows, block, grad_hidden, true);
+            if let Some(grad_weight) = grad_weight.as_deref_mut() {
+                let grad_block = &mut grad_weight[at * BLOCK * columns..][..width * columns];
+                matmul(Left::transposed(logits, width), width, &self.packed_hidden, grad_block, true);
+            }
+        }
+    }
 }
 
 multiversion! {
@@ -300,27 +371,37 @@ mod tests {
     #[test]
     fn gradients_match_finite_differences() {
         let (head, weight, states) = example();
-        let targets: Vec<TargetGradient> = [3, 600, 512, 0, 42]
-            .iter()
-            .enumerate()
-            .map(|(i, t)| TargetGradient {
-                target: *t,
-                coefficient: i as f32 * 0.3 - 0.5,
-                inverse_temperature: 1.25,
-            })
-            .collect();
+        let targets = [3, 600, 512, 0, 42];
+        let derivative = |row: usize| row as f32 * 0.3 - 0.5;
+        let beta = |row: usize| if row == 1 { 1.0 } else { 1.25 };
         let loss = |weight: &[f32], states: &[f32]| -> f64 {
-            targets
-                .iter()
-                .enumerate()
-                .map(|(row, t)| {
-                    let (logprob, _) = reference(weight, &states[row * 8..][..8], t.target as usize, 1.25);
-                    f64::from(t.coefficient) * logprob
-                })
-                .sum()
+            let row = |(row, target): (usize, &u32)| {
+                let state = &states[row * 8..][..8];
+                let (logprob, _) = reference(weight, state, *target as usize, beta(row));
+                f64::from(derivative(row)) * logprob
+            };
+            targets.iter().enumerate().map(row).sum()
         };
         let (mut grad_hidden, mut grad_weight) = (vec![0.0; states.len()], vec![0.0; weight.len()]);
-        backward(&head, &states, &targets, &mut grad_hidden, Some(&mut grad_weight));
+        let expected = score(&head, &states, &targets, 1.25);
+        let mut seen = Vec::new();
+        let gradient = |row: usize, score: &TokenScore| {
+            seen.push(*score);
+            match row {
+                1 => TokenGradient::Logprob(derivative(row)),
+                _ => TokenGradient::PolicyLogprob(derivative(row)),
+            }
+        };
+        score_and_backward(
+            &head,
+            &states,
+            &targets,
+            1.25,
+            gradient,
+            &mut grad_hidden,
+            Some(&mut grad_weight),
+        );
+        assert_eq!(seen, expected);
         let shifted = |v: &[f32], at: usize, by: f32| {
             let mut v = v.to_vec();
             v[at] += by;
@@ -338,5 +419,21 @@ mod tests {
                 / 2e-2;
             assert!((numeric - f64::from(grad_weight[at])).abs() < 2e-4);
         }
+    }
+
+    #[test]
+    fn chunks_of_rows_change_no_score() {
+        let (head, _, states) = example();
+        let rows = 2 * ROWS_AT_ONCE + 3;
+        let hidden: Vec<f32> = states.iter().cycle().take(rows * 8).copied().collect();
+        let targets: Vec<u32> = (0..rows as u32).map(|row| row % 700).collect();
+        let mut seen = Vec::new();
+        let gradient = |row: usize, score: &TokenScore| {
+            seen.push((row, *score));
+            TokenGradient::Logprob(0.0)
+        };
+        score_and_backward(&head, &hidden, &targets, 1.25, gradient, &mut vec![0.0; rows * 8], None);
+        let expected: Vec<_> = score(&head, &hidden, &targets, 1.25).into_iter().enumerate().collect();
+        assert_eq!(seen, expected);
     }
 }

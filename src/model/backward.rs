@@ -5,7 +5,7 @@ use super::layout::{LayerLayout, Matrix, Vector};
 use super::{Decoder, KvCache, Tape, Workspace};
 use crate::kernels::attention::{self, Gradients, Saved, Tile};
 use crate::kernels::elementary::add;
-use crate::kernels::head::{self, TargetGradient};
+use crate::kernels::head::{self, TokenGradient, TokenScore};
 use crate::kernels::matmul::{Left, matmul, matmul_transposed};
 use crate::kernels::packed::Packed;
 use crate::kernels::parallel::for_each_row;
@@ -25,24 +25,35 @@ struct Buffers {
     qkv: Vec<f32>,
 }
 
+/// What is to be predicted from the hidden states of some rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Targets<'a> {
+    /// Rows of the forward pass.
+    pub rows: &'a [usize],
+    /// The token behind each.
+    pub tokens: &'a [u32],
+    /// Inverse temperature of the policy.
+    pub inverse_temperature: f32,
+}
+
 impl Decoder {
-    /// Adds to `gradients` (laid out as [`Decoder::trainable`]) the gradient of
-    /// sum over i of `targets[i].coefficient x policy log-probability of targets[i].target`,
-    /// predicted from the hidden state of row `rows[i]`.
+    /// Scores `targets`, asks `gradient` (in their order) for the derivative of the loss with respect
+    /// to each score, and adds the gradients of all parameters to `gradients`, which is laid out as
+    /// [`Decoder::trainable`].
     ///
     /// `tape`, `cache` and `workspace` are those of the forward pass; the latter's contents are lost.
     pub fn backward(
         &self,
         tape: &Tape,
         cache: &mut KvCache,
-        rows: &[usize],
-        targets: &[TargetGradient],
+        targets: &Targets,
+        gradient: impl FnMut(usize, &TokenScore) -> TokenGradient,
         gradients: &mut [f32],
         workspace: &mut Workspace,
     ) {
         let mut grad_x = vec![0.0; tape.residual.len()];
         let mut sink = Sink { decoder: self, gradients, unused: Vec::new(), packed: Packed::default() };
-        self.head_backward(tape, rows, targets, &mut grad_x, &mut sink);
+        self.head_backward(tape, targets, gradient, &mut grad_x, &mut sink);
         let (mut buffers, mut again) = (Buffers::default(), LayerTape::default());
         for layer in (0..self.config().layers).rev() {
             let saved = if tape.recompute {
@@ -61,25 +72,36 @@ impl Decoder {
             }
         }
         let pairs: usize = tape.tiles.iter().map(Tile::pairs).sum();
-        // Twice the forward pass for the gradients of inputs and weights, and once more for the
-        // head's recomputed logits.
+        // Twice the forward pass for the gradients of inputs and weights; the head's forward pass
+        // is part of this one.
         let passes = if tape.recompute { 3 } else { 2 };
-        workspace.flops += passes * self.layer_flops(tape.ids.len(), pairs) + 4 * self.head_flops(rows.len());
+        let head = 3 * self.head_flops(targets.rows.len());
+        workspace.flops += passes * self.layer_flops(tape.ids.len(), pairs) + head;
     }
 
     fn head_backward(
         &self,
         tape: &Tape,
-        rows: &[usize],
-        targets: &[TargetGradient],
+        targets: &Targets,
+        gradient: impl FnMut(usize, &TokenScore) -> TokenGradient,
         grad_x: &mut [f32],
         sink: &mut Sink,
     ) {
         let hidden = self.config().hidden_size;
+        let Targets { rows, tokens, inverse_temperature } = *targets;
         let (states, scales) = self.final_norm(&tape.residual, rows);
         let mut grad_states = vec![0.0; states.len()];
         let grad_weight = sink.entries(&self.layout().head);
-        head::backward(&self.weights.head, &states, targets, &mut grad_states, grad_weight);
+        let head = &self.weights.head;
+        head::score_and_backward(
+            head,
+            &states,
+            tokens,
+            inverse_temperature,
+            gradient,
+            &mut grad_states,
+            grad_weight,
+        );
         let weight = &self.weights.final_norm;
         let grad_norm = sink.vector(&self.layout().final_norm);
         for ((row, scale), grad) in rows.iter().zip(scales).zip(grad_states.chunks_exact(hidden)) {

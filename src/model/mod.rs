@@ -15,6 +15,8 @@ mod tensors;
 mod weights;
 
 pub use crate::kernels::dtype::Dtype;
+pub use crate::kernels::head::{TokenGradient, TokenScore};
+pub use backward::Targets;
 pub use cache::{Extension, KvCache, NodeId};
 pub use config::{Architecture, DecoderConfig, Llama3, RopeScaling, Yarn};
 pub use decoder::{Decoder, Tape, Workspace};

@@ -5,8 +5,7 @@ use super::loss::{PolicyLoss, PolicyToken};
 use super::optimizer::{Optimizer, OptimizerError, ParameterGroup, ParameterKind, StepStats};
 use crate::config::OptimizerConfig;
 use crate::kernels::elementary::add;
-use crate::kernels::head::{TargetGradient, TokenScore};
-use crate::model::{Decoder, KvCache, ModelError, Role, Tape, Workspace};
+use crate::model::{Decoder, KvCache, ModelError, Role, Tape, Targets, TokenGradient, TokenScore, Workspace};
 use crate::time::Time;
 use rayon::prelude::*;
 use std::ops::AddAssign;
@@ -117,9 +116,9 @@ pub struct UpdateStats {
 /// How long the parts of an update took.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct UpdateTimes {
-    /// Forward passes, the reference model's and the losses included.
+    /// Forward passes through the layers, and those of the reference model.
     pub forward: Time,
-    /// Backward passes.
+    /// Backward passes, with the head, whose forward pass goes along with them.
     pub backward: Time,
     /// The optimiser, with rounding and packing of the weights.
     pub optimizer: Time,
@@ -336,22 +335,21 @@ impl Lane {
         let extensions = forest.enter(cache);
         let start = Instant::now();
         pass.decoder.forward(forest.ids(), &extensions, cache, workspace, Some(tape))?;
-        let states = pass.decoder.hidden(workspace, &rows);
-        let scores = pass.decoder.score(&states, &tokens, pass.inverse_temperature, workspace);
         let reference = match pass.reference {
             None => None,
             Some(reference) => {
                 Some(pass.reference_logprobs(reference, batch, &rows, &tokens, &mut workspace.flops)?)
             }
         };
-        let mut totals = Totals::default();
-        let gradient = |(at, score): (usize, &TokenScore)| {
-            let reference = reference.as_ref().map(|logprobs| logprobs[at]);
-            pass.target_gradient(&batch.targets[at].component, tokens[at], score, reference, &mut totals)
-        };
-        let targets: Vec<TargetGradient> = scores.iter().enumerate().map(gradient).collect();
         let middle = Instant::now();
-        pass.decoder.backward(tape, cache, &rows, &targets, gradients, workspace);
+        let mut totals = Totals::default();
+        let gradient = |at: usize, score: &TokenScore| {
+            let reference = reference.as_ref().map(|logprobs| logprobs[at]);
+            pass.token_gradient(&batch.targets[at].component, score, reference, &mut totals)
+        };
+        let inverse_temperature = pass.inverse_temperature;
+        let targets = Targets { rows: &rows, tokens: &tokens, inverse_temperature };
+        pass.decoder.backward(tape, cache, &targets, gradient, gradients, workspace);
         seconds.0 += (middle - start).as_secs_f64();
         seconds.1 += middle.elapsed().as_secs_f64();
         Ok(totals)
@@ -377,19 +375,18 @@ impl Pass<'_> {
         Ok(scores.iter().map(|score| score.policy_logprob).collect())
     }
 
-    fn target_gradient(
+    fn token_gradient(
         &self,
         component: &Component,
-        token: u32,
         score: &TokenScore,
         reference: Option<f32>,
         totals: &mut Totals,
-    ) -> TargetGradient {
+    ) -> TokenGradient {
         match *component {
             Component::Likelihood { weight } => {
                 totals.likelihood_loss -= f64::from(weight) * f64::from(score.logprob);
                 totals.likelihood_tokens += 1;
-                TargetGradient { target: token, coefficient: -weight, inverse_temperature: 1.0 }
+                TokenGradient::Logprob(-weight)
             }
             Component::Policy { weight, advantage, old_logprob, engine_logprob } => {
                 let loss = self.loss.token(&PolicyToken {
@@ -405,8 +402,7 @@ impl Pass<'_> {
                 totals.clipped += u64::from(loss.clipped_low || loss.clipped_high);
                 totals.mismatched += u64::from(score.logprob.to_bits() != engine_logprob.to_bits());
                 totals.largest_mismatch = totals.largest_mismatch.max((score.logprob - engine_logprob).abs());
-                let coefficient = weight * loss.gradient;
-                TargetGradient { target: token, coefficient, inverse_temperature: self.inverse_temperature }
+                TokenGradient::PolicyLogprob(weight * loss.gradient)
             }
         }
     }
