@@ -3,7 +3,7 @@
 use super::workload::document;
 use super::{engine, median, median_time, peak_rss_bytes};
 use crate::error::Error;
-use crate::model::{Decoder, Dtype};
+use crate::model::{Decoder, Dtype, Products};
 use crate::rollout::Prompt;
 use crate::time::Time;
 use crate::tokenize::Tokenizer;
@@ -30,6 +30,8 @@ pub struct DecodeFigures {
     pub work: DecodeWork,
     /// Number format of the weights.
     pub dtype: Dtype,
+    /// How products are computed.
+    pub products: Products,
     /// Threads.
     pub threads: usize,
     /// Rounds that were measured.
@@ -74,6 +76,7 @@ pub fn decode(
     Ok(DecodeFigures {
         work,
         dtype: decoder.dtype(),
+        products: decoder.products(),
         threads: rayon::current_num_threads(),
         rounds,
         prefill,

@@ -4,7 +4,7 @@ use super::median;
 use crate::kernels::matmul::{Left, matmul as product};
 use crate::kernels::packed::Packed;
 use crate::kernels::simd::isa;
-use crate::model::Dtype;
+use crate::model::{Dtype, Products};
 use crate::random::Stream;
 use crate::time::Time;
 use serde::Serialize;
@@ -20,6 +20,8 @@ pub struct MatmulFigures {
     pub size: usize,
     /// Number format of the weights.
     pub dtype: Dtype,
+    /// How products are computed.
+    pub products: Products,
     /// Threads.
     pub threads: usize,
     /// Instructions that were used.
@@ -31,11 +33,12 @@ pub struct MatmulFigures {
 }
 
 /// Measures `rounds` products of a row-major matrix with packed weights, after one that is not counted.
-pub fn matmul(size: usize, dtype: Dtype, rounds: usize) -> MatmulFigures {
-    let wall_seconds = median(seconds(size, dtype, rounds));
+pub fn matmul(size: usize, dtype: Dtype, products: Products, rounds: usize) -> MatmulFigures {
+    let wall_seconds = median(seconds(size, dtype, products, rounds));
     MatmulFigures {
         size,
         dtype,
+        products,
         threads: rayon::current_num_threads(),
         instructions: format!("{:?}", isa()).to_lowercase(),
         wall_seconds,
@@ -44,8 +47,8 @@ pub fn matmul(size: usize, dtype: Dtype, rounds: usize) -> MatmulFigures {
 }
 
 /// The most that the product reaches with all threads, in units of 10^9 floating-point operations by second.
-pub fn peak(dtype: Dtype) -> f64 {
-    let fastest = seconds(PEAK_SIZE, dtype, PEAK_ROUNDS).into_iter().fold(f64::INFINITY, f64::min);
+pub fn peak(dtype: Dtype, products: Products) -> f64 {
+    let fastest = seconds(PEAK_SIZE, dtype, products, PEAK_ROUNDS).into_iter().fold(f64::INFINITY, f64::min);
     gflop(PEAK_SIZE) / fastest
 }
 
@@ -54,12 +57,13 @@ fn gflop(size: usize) -> f64 {
 }
 
 /// Seconds of each product.
-fn seconds(size: usize, dtype: Dtype, rounds: usize) -> Vec<f64> {
+fn seconds(size: usize, dtype: Dtype, products: Products, rounds: usize) -> Vec<f64> {
     let numbers = |name: &str| -> Vec<f32> {
         let stream = Stream::new(0, name);
         (0..size * size).map(|at| stream.uniform(at as u64) as f32 - 0.5).collect()
     };
-    let (left, right) = (numbers("left"), Packed::of_weight(dtype, &numbers("right"), size, size));
+    let (left, mut right) = (numbers("left"), Packed::of_weight(dtype, &numbers("right"), size, size));
+    right.set_products(products);
     let mut out = vec![0.0; size * size];
     let mut round = || Time::of(|| product(Left::rows(&left, size), size, &right, &mut out, false)).1;
     round();

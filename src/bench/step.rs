@@ -4,7 +4,7 @@ use super::workload::Workload;
 use super::{engine, median, median_time, peak, peak_rss_bytes};
 use crate::config::{AdvantageScale, LossMean, OptimizerConfig, TrainConfig};
 use crate::error::Error;
-use crate::model::{Decoder, Dtype};
+use crate::model::{Decoder, Dtype, Products};
 use crate::rollout::{Generation, Prompt, Rollout};
 use crate::time::Time;
 use crate::tokenize::Tokenizer;
@@ -21,6 +21,8 @@ pub struct StepFigures {
     pub workload: String,
     /// Number format of the weights.
     pub dtype: Dtype,
+    /// How products are computed.
+    pub products: Products,
     /// Threads.
     pub threads: usize,
     /// Steps that were measured.
@@ -68,8 +70,8 @@ pub fn step(
     workload: Workload,
     steps: usize,
 ) -> Result<StepFigures, Error> {
-    let matmul_gflops = peak(decoder.dtype());
-    let dtype = decoder.dtype();
+    let matmul_gflops = peak(decoder.dtype(), decoder.products());
+    let (dtype, products) = (decoder.dtype(), decoder.products());
     let config = OptimizerConfig { learning_rate: 1e-6, max_grad_norm: 1.0, ..OptimizerConfig::default() };
     let mut trainer = Trainer::new(decoder, &config, steps as u64 + 1)?;
     one_step(&mut trainer, tokenizer, workload, 0)?;
@@ -85,6 +87,7 @@ pub fn step(
     Ok(StepFigures {
         workload: workload.to_string(),
         dtype,
+        products,
         threads: rayon::current_num_threads(),
         steps,
         wall_seconds_per_step: time.wall_seconds,

@@ -4,7 +4,7 @@ use super::workload::document;
 use super::{median, median_time, peak, peak_rss_bytes};
 use crate::config::{OptimizerConfig, RunConfig, TrainConfig};
 use crate::error::Error;
-use crate::model::{Decoder, Dtype};
+use crate::model::{Decoder, Dtype, Products};
 use crate::time::Time;
 use crate::train::loss::PolicyLoss;
 use crate::train::{Example, Trainer, UpdateStats, supervised_batches};
@@ -27,6 +27,8 @@ pub struct TrainFigures {
     pub work: TrainWork,
     /// Number format of the weights.
     pub dtype: Dtype,
+    /// How products are computed.
+    pub products: Products,
     /// Threads.
     pub threads: usize,
     /// Steps that were measured.
@@ -58,8 +60,8 @@ pub struct TrainFigures {
 /// # Errors
 /// When documents do not fit the model's positions, or an update fails.
 pub fn train(decoder: Decoder, work: TrainWork, steps: usize) -> Result<TrainFigures, Error> {
-    let (dtype, vocabulary) = (decoder.dtype(), decoder.config().vocab_size);
-    let matmul_gflops = peak(dtype);
+    let (dtype, products, vocabulary) = (decoder.dtype(), decoder.products(), decoder.config().vocab_size);
+    let matmul_gflops = peak(dtype, products);
     let config = OptimizerConfig { learning_rate: 1e-6, ..OptimizerConfig::default() };
     let mut trainer = Trainer::new(decoder, &config, steps as u64 + 1)?;
     let mut one_step = |number: usize| -> Result<(UpdateStats, Time), Error> {
@@ -84,6 +86,7 @@ pub fn train(decoder: Decoder, work: TrainWork, steps: usize) -> Result<TrainFig
     Ok(TrainFigures {
         work,
         dtype,
+        products,
         threads: rayon::current_num_threads(),
         steps,
         wall_seconds_per_step: time.wall_seconds,

@@ -1,9 +1,9 @@
 //! `rpt bench`: what steps, sampling, training and products cost here.
 
-use super::input::{Model, dtype};
+use super::input::{Model, dtype, products};
 use super::output;
 use rpt::bench::{self, DecodeWork, TrainWork, Workload};
-use rpt::model::Dtype;
+use rpt::model::{Dtype, Products};
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -59,6 +59,9 @@ enum What {
         /// Number format of the weights: f32, bf16 or f16
         #[arg(long, value_name = "FORMAT", value_parser = dtype, default_value = "f32")]
         dtype: Dtype,
+        /// How products are computed: f32, or bf16 with weights of bf16
+        #[arg(long, value_name = "FORMAT", value_parser = products, default_value = "f32")]
+        products: Products,
         /// Products that are measured
         #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
         rounds: u16,
@@ -76,6 +79,9 @@ struct Common {
     /// Number format of the weights: f32, bf16 or f16 [default: that of the files]
     #[arg(long, value_name = "FORMAT", value_parser = dtype)]
     dtype: Option<Dtype>,
+    /// How products are computed: f32, or bf16 with weights of bf16
+    #[arg(long, value_name = "FORMAT", value_parser = products, default_value = "f32")]
+    products: Products,
     /// Rounds that are measured, after one that is not
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
@@ -86,7 +92,8 @@ struct Common {
 
 impl Common {
     fn load(&self) -> rpt::Result<Model> {
-        let model = Model::of_directory(&self.model, self.dtype)?;
+        let mut model = Model::of_directory(&self.model, self.dtype)?;
+        model.decoder = model.decoder.with_products(self.products)?;
         model.tokenizer.check_vocabulary(model.decoder.config().vocab_size)?;
         Ok(model)
     }
@@ -116,8 +123,8 @@ impl Arguments {
                 let figures = bench::train(common.load()?.decoder, work, common.rounds.into())?;
                 (serde_json::to_value(figures)?, common.json)
             }
-            What::Matmul { sizes, dtype, rounds, json } => {
-                let of = |size: &u32| bench::matmul(*size as usize, *dtype, (*rounds).into());
+            What::Matmul { sizes, dtype, products, rounds, json } => {
+                let of = |size: &u32| bench::matmul(*size as usize, *dtype, *products, (*rounds).into());
                 (serde_json::to_value(sizes.iter().map(of).collect::<Vec<_>>())?, *json)
             }
         };

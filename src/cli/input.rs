@@ -3,7 +3,7 @@
 use super::output;
 use anyhow::Context;
 use rpt::config::{Pipeline, TokenizerConfig};
-use rpt::model::{Decoder, Dtype};
+use rpt::model::{Decoder, Dtype, Products};
 use rpt::pipeline::RunDirectory;
 use rpt::tokenize::{SpecialTokens, Tokenizer};
 use std::io::Read;
@@ -95,4 +95,10 @@ impl Model {
 /// A number format by its name.
 pub(super) fn dtype(name: &str) -> Result<Dtype, String> {
     serde_json::from_value(name.into()).map_err(|_| "f32, bf16 and f16 are the formats".to_owned())
+}
+
+/// A way to compute products by its name.
+pub(super) fn products(name: &str) -> Result<Products, String> {
+    serde_json::from_value(name.into())
+        .map_err(|_| "f32 and bf16 are the ways to compute products".to_owned())
 }

@@ -2,7 +2,7 @@
 
 use super::{ConfigError, CorpusConfig, OptimizerConfig, Pipeline, Selection};
 use crate::hub::{HubError, HubReference, RepositoryKind, is_remote};
-use crate::model::MODULES;
+use crate::model::{Dtype, MODULES, Products};
 use std::path::{Path, PathBuf};
 
 type Check = Result<(), ConfigError>;
@@ -64,6 +64,12 @@ impl Pipeline {
             "tokenizer",
             "a model from scratch brings no tokenizer",
             "set tokenizer.path, or train one with [tokenizer.train]",
+        )?;
+        require(
+            self.model.products == Products::F32 || self.model.dtype == Some(Dtype::Bf16),
+            "model.products",
+            "needs weights of bf16",
+            "set model.dtype = \"bf16\" as well",
         )?;
         if let Some(lora) = &self.model.lora {
             require(

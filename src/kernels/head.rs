@@ -5,7 +5,7 @@
 //! lanes. The engine, which holds a row of logits to sample from, runs the same blocks, so a
 //! sampled token's log-probability has the bits that training computes for it.
 
-use super::dtype::Dtype;
+use super::dtype::{Dtype, Products};
 use super::elementary::{exp, exp_sums, max};
 use super::matmul::{Left, matmul, matmul_transposed};
 use super::packed::Packed;
@@ -51,6 +51,16 @@ impl PackedHead {
     /// Copies one entry's row, widened, to `out [hidden]`.
     pub fn row(&self, entry: usize, out: &mut [f32]) {
         self.blocks[entry / BLOCK].column(entry % BLOCK, out);
+    }
+
+    /// Changes how products are computed: see [`Packed::set_products`].
+    pub fn set_products(&mut self, products: Products) {
+        self.blocks.iter_mut().for_each(|block| block.set_products(products));
+    }
+
+    /// An empty matrix of passing values, whose products are computed like those with this one.
+    pub fn passing(&self) -> Packed {
+        self.blocks.first().map(Packed::empty_like).unwrap_or_default()
     }
 
     /// Entries of the vocabulary.
@@ -254,7 +264,7 @@ pub fn score_and_backward(
     grad_hidden: &mut [f32],
     mut grad_weight: Option<&mut [f32]>,
 ) {
-    let mut chunk = Chunk { head, logits: Vec::new(), packed_hidden: Packed::default() };
+    let mut chunk = Chunk { head, logits: Vec::new(), packed_hidden: head.passing() };
     let values_at_once = ROWS_AT_ONCE * head.hidden;
     let inputs = hidden.chunks(values_at_once).zip(grad_hidden.chunks_mut(values_at_once));
     for (number, (targets, (hidden, grad_hidden))) in targets.chunks(ROWS_AT_ONCE).zip(inputs).enumerate() {

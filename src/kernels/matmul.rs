@@ -5,10 +5,10 @@
 //! nor the tile shape, nor the number of threads, nor the instruction set changes a bit.
 
 use super::LANES;
-use super::dtype::Element;
-use super::packed::{Packed, for_values, transpose_panel};
+use super::packed::{Factor, Packed, Unpacked, for_values, steps};
+use super::pairs::{self, PairChains};
 use super::parallel::{Disjoint, for_each_item};
-use super::simd::{Isa, Lanes, isa};
+use super::simd::{Isa, Lanes, has_bf16_products, isa};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -63,7 +63,7 @@ pub fn matmul(left: Left, rows: usize, right: &Packed, out: &mut [f32], accumula
     let shared = Disjoint::new(out);
     let parallel = rows * columns * inner > SERIAL_PRODUCTS;
     for_values!(&right.values, values => {
-        let right = Panels { values, steps: inner, first: 0, columns };
+        let right = Panels { values, inner, first: 0, columns };
         for_each_item(rows.div_ceil(ROWS_PER_TASK) * panel_tasks, parallel, |task| {
             let first = task % panel_tasks * PANELS_PER_TASK;
             let panels = first..columns.div_ceil(LANES).min(first + PANELS_PER_TASK);
@@ -78,20 +78,33 @@ pub fn matmul_transposed(left: &[f32], rows: usize, right: &Packed, out: &mut [f
     let (inner, columns) = (right.inner(), right.columns());
     assert!(left.len() == rows * columns && out.len() == rows * inner, "product shape");
     let left = Left::rows(left, columns);
-    let panels = inner.div_ceil(LANES);
     let shared = Disjoint::new(out);
+    for_values!(&right.values, values => transposed(left, rows, values, [inner, columns], &shared, accumulate));
+}
+
+/// [`matmul_transposed`] for one format: unpacks some panels at a time.
+fn transposed<T: Factor>(
+    left: Left,
+    rows: usize,
+    values: &[T],
+    [inner, columns]: [usize; 2],
+    out: &Disjoint,
+    accumulate: bool,
+) {
+    let panels = inner.div_ceil(LANES);
     let parallel = rows * columns * inner > SERIAL_PRODUCTS;
     for_each_item(panels.div_ceil(PANELS_PER_TRANSPOSE), parallel, |task| {
         let first = task * PANELS_PER_TRANSPOSE;
         let group = first..panels.min(first + PANELS_PER_TRANSPOSE);
-        TRANSPOSED.with_borrow_mut(|scratch| {
-            scratch.resize(group.len() * columns * LANES, 0.0);
-            for (panel, out) in group.clone().zip(scratch.chunks_exact_mut((columns * LANES).max(1))) {
-                for_values!(&right.values, values => transpose_panel(values, inner, columns, panel * LANES, out));
+        let size = columns.div_ceil(T::STEPS) * LANES;
+        T::Transposed::with_scratch(|scratch| {
+            scratch.resize(group.len() * size, T::Transposed::default());
+            for (panel, out) in group.clone().zip(scratch.chunks_exact_mut(size.max(1))) {
+                T::transpose_panel(values, inner, columns, panel * LANES, out);
             }
-            let right = Panels { values: scratch, steps: columns, first, columns: inner };
+            let right = Panels { values: scratch, inner: columns, first, columns: inner };
             for task in 0..rows.div_ceil(ROWS_PER_TASK) {
-                block(left, row_block(task, rows), &right, group.clone(), &shared, accumulate);
+                block(left, row_block(task, rows), &right, group.clone(), out, accumulate);
             }
         });
     });
@@ -105,24 +118,30 @@ fn row_block(number: usize, rows: usize) -> Range<usize> {
 #[derive(Clone, Copy)]
 struct Panels<'a, T> {
     values: &'a [T],
-    /// Inner steps that each panel holds.
-    steps: usize,
+    /// Steps of every chain.
+    inner: usize,
     first: usize,
     /// Output columns of the whole matrix.
     columns: usize,
 }
 
+impl<T: Factor> Panels<'_, T> {
+    /// Factors of every column.
+    fn steps(&self) -> usize {
+        steps(self.values, self.inner)
+    }
+}
+
 thread_local! {
     static LEFT: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    static TRANSPOSED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// One task of a product: some rows times some panels.
 ///
-/// A left matrix that is read across its rows (the transpose in a weight gradient) is first
-/// copied, a block of the inner dimension at a time; the chains go on through `out` from block to
-/// block, which changes no bit.
-fn block<T: Element>(
+/// A left matrix that is read across its rows (the transpose in a weight gradient), or one that is to
+/// be rounded, is first copied, a block of the inner dimension at a time; the chains go on through
+/// `out` from block to block, which changes no bit.
+fn block<T: Factor>(
     left: Left,
     rows: Range<usize>,
     right: &Panels<T>,
@@ -130,15 +149,18 @@ fn block<T: Element>(
     out: &Disjoint,
     accumulate: bool,
 ) {
-    if left.inner_stride == 1 {
-        let part = Part { left, first_row: 0, rows, right, inner: 0..right.steps, accumulate };
+    let steps = right.steps();
+    if left.inner_stride == 1 && T::STEPS == 1 {
+        let part = Part { left, first_row: 0, rows, right, inner: 0..steps, accumulate };
         return part.sweep(panels, out);
     }
     LEFT.with_borrow_mut(|copy| {
-        for first in (0..right.steps).step_by(INNER_PER_BLOCK) {
-            let inner = first..right.steps.min(first + INNER_PER_BLOCK);
-            copy_block(left, &rows, &inner, copy);
-            let left = Left { values: copy, row_stride: 1, inner_stride: rows.len() };
+        for first in (0..steps).step_by(INNER_PER_BLOCK) {
+            let inner = first..steps.min(first + INNER_PER_BLOCK);
+            let left = match T::STEPS {
+                1 => copy_block(left, &rows, &inner, copy),
+                _ => pairs::copy_block(left, right.inner, &rows, &inner, copy),
+            };
             let accumulate = accumulate || first > 0;
             let first_row = rows.start;
             Part { left, first_row, rows: rows.clone(), right, inner, accumulate }.sweep(panels.clone(), out);
@@ -147,7 +169,7 @@ fn block<T: Element>(
 }
 
 /// Copies some rows and some inner steps to `[inner, rows]`.
-fn copy_block(left: Left, rows: &Range<usize>, inner: &Range<usize>, copy: &mut Vec<f32>) {
+fn copy_block<'a>(left: Left, rows: &Range<usize>, inner: &Range<usize>, copy: &'a mut Vec<f32>) -> Left<'a> {
     copy.clear();
     for k in inner.clone() {
         let source = &left.values[k * left.inner_stride..];
@@ -157,6 +179,7 @@ fn copy_block(left: Left, rows: &Range<usize>, inner: &Range<usize>, copy: &mut 
             copy.extend(rows.clone().map(|row| source[row * left.row_stride]));
         }
     }
+    Left { values: copy, row_stride: 1, inner_stride: rows.len() }
 }
 
 /// Some rows of a product over some steps of the inner dimension.
@@ -170,7 +193,7 @@ struct Part<'a, T> {
     accumulate: bool,
 }
 
-impl<T: Element> Part<'_, T> {
+impl<T: Factor> Part<'_, T> {
     fn sweep(&self, panels: Range<usize>, out: &Disjoint) {
         let columns = self.right.columns;
         let mut panel = panels.start;
@@ -193,7 +216,7 @@ impl<T: Element> Part<'_, T> {
     }
 
     fn operands(&self, panel: usize, count: usize) -> Operands<'_, T> {
-        let size = LANES * self.right.steps;
+        let size = LANES * self.right.steps();
         let skipped = (self.rows.start - self.first_row) * self.left.row_stride;
         let at = panel - self.right.first;
         Operands {
@@ -225,17 +248,17 @@ impl<T: Element> Part<'_, T> {
 
 /// A product of `left` rows with one or more panels of sixteen columns.
 #[derive(Clone, Copy)]
-pub(crate) struct Operands<'a, T = f32> {
+pub(super) struct Operands<'a, T = f32> {
     /// Left-hand rows.
-    pub(crate) left: Left<'a>,
+    pub(super) left: Left<'a>,
     /// Length of every chain.
-    pub(crate) inner: usize,
+    pub(super) inner: usize,
     /// The panels: element (k, lane) of panel p at `p * panel_stride + k * right_stride + lane`.
-    pub(crate) right: &'a [T],
+    pub(super) right: &'a [T],
     /// Distance between steps of the inner dimension.
-    pub(crate) right_stride: usize,
+    pub(super) right_stride: usize,
     /// Distance between panels.
-    pub(crate) panel_stride: usize,
+    pub(super) panel_stride: usize,
 }
 
 impl<T> Operands<'_, T> {
@@ -249,7 +272,7 @@ impl<T> Operands<'_, T> {
 }
 
 /// `out[row * out_stride + panel * 16 + lane]` for `rows` rows and `panels` panels.
-pub(crate) fn tiles<T: Element>(
+pub(super) fn tiles<T: Factor>(
     operands: &Operands<T>,
     rows: usize,
     panels: usize,
@@ -270,7 +293,7 @@ pub(crate) fn tiles<T: Element>(
 ///
 /// # Safety
 /// The operands were checked, and the rows x panels elements at `out` are the caller's alone.
-unsafe fn tiles_at<T: Element>(
+unsafe fn tiles_at<T: Factor>(
     operands: &Operands<T>,
     rows: usize,
     panels: usize,
@@ -282,6 +305,17 @@ unsafe fn tiles_at<T: Element>(
     unsafe {
         match isa() {
             #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if T::STEPS == 2 && has_bf16_products() => {
+                tiles_bf16(operands, rows, panels, out, out_stride, accumulate);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Avx2 if T::STEPS == 2 => {
+                tiles_pairs_avx2(operands, rows, panels, out, out_stride, accumulate);
+            }
+            _ if T::STEPS == 2 => {
+                sweep::<PairChains, T, 4>(operands, rows, panels, out, out_stride, accumulate);
+            }
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => tiles_avx512(operands, rows, panels, out, out_stride, accumulate),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => tiles_avx2(operands, rows, panels, out, out_stride, accumulate),
@@ -292,7 +326,7 @@ unsafe fn tiles_at<T: Element>(
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,f16c,fma")]
-unsafe fn tiles_avx512<T: Element>(
+unsafe fn tiles_avx512<T: Factor>(
     operands: &Operands<T>,
     rows: usize,
     panels: usize,
@@ -305,8 +339,36 @@ unsafe fn tiles_avx512<T: Element>(
 }
 
 #[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512bf16,avx512f,avx512vl,avx512dq,avx512bw,avx2,f16c,fma")]
+unsafe fn tiles_bf16<T: Factor>(
+    operands: &Operands<T>,
+    rows: usize,
+    panels: usize,
+    out: *mut f32,
+    stride: usize,
+    accumulate: bool,
+) {
+    // SAFETY: bounds checked by `tiles`.
+    unsafe { sweep::<super::simd::x86::WidePairs, T, 12>(operands, rows, panels, out, stride, accumulate) }
+}
+
+#[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,f16c,fma")]
-unsafe fn tiles_avx2<T: Element>(
+unsafe fn tiles_pairs_avx2<T: Factor>(
+    operands: &Operands<T>,
+    rows: usize,
+    panels: usize,
+    out: *mut f32,
+    stride: usize,
+    accumulate: bool,
+) {
+    // SAFETY: bounds checked by `tiles`.
+    unsafe { sweep::<PairChains, T, 4>(operands, rows, panels, out, stride, accumulate) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c,fma")]
+unsafe fn tiles_avx2<T: Factor>(
     operands: &Operands<T>,
     rows: usize,
     panels: usize,
@@ -318,7 +380,7 @@ unsafe fn tiles_avx2<T: Element>(
     unsafe { sweep::<super::simd::x86::Pair, T, 6>(operands, rows, panels, out, stride, accumulate) }
 }
 
-unsafe fn tiles_portable<T: Element>(
+unsafe fn tiles_portable<T: Factor>(
     operands: &Operands<T>,
     rows: usize,
     panels: usize,
@@ -332,7 +394,7 @@ unsafe fn tiles_portable<T: Element>(
 
 /// Covers rows and panels with register tiles of at most `ROWS` rows and two panels.
 #[inline(always)]
-unsafe fn sweep<V: Lanes, T: Element, const ROWS: usize>(
+unsafe fn sweep<V: Lanes, T: Factor, const ROWS: usize>(
     operands: &Operands<T>,
     rows: usize,
     panels: usize,
@@ -370,7 +432,7 @@ unsafe fn sweep<V: Lanes, T: Element, const ROWS: usize>(
 
 /// One register tile; returns its number of rows.
 #[inline(always)]
-unsafe fn tile<V: Lanes, T: Element, const R: usize, const P: usize>(
+unsafe fn tile<V: Lanes, T: Factor, const R: usize, const P: usize>(
     operands: &Operands<T>,
     row: usize,
     panel: usize,

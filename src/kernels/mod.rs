@@ -18,6 +18,7 @@ pub mod head;
 pub mod matmul;
 pub mod norm;
 pub mod packed;
+pub(crate) mod pairs;
 pub mod parallel;
 pub mod rotary;
 pub mod simd;

@@ -1,9 +1,12 @@
 //! The right-hand matrix of a product: panels of sixteen columns.
 
-use super::dtype::{Dtype, Element};
+use super::dtype::{Dtype, Element, Products};
+use super::pairs::{self, Pair};
+use super::simd::Lanes;
 use super::{LANES, pad};
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// Elements that one task packs at least.
@@ -26,6 +29,8 @@ pub(super) enum Values {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
     F16(Vec<f16>),
+    /// Of bf16, two inner steps together.
+    Pairs(Vec<Pair>),
 }
 
 /// Evaluates an expression for the panels, whatever their format.
@@ -35,10 +40,108 @@ macro_rules! for_values {
             $crate::kernels::packed::Values::F32($panels) => $body,
             $crate::kernels::packed::Values::Bf16($panels) => $body,
             $crate::kernels::packed::Values::F16($panels) => $body,
+            $crate::kernels::packed::Values::Pairs($panels) => $body,
         }
     };
 }
 pub(super) use for_values;
+
+/// What panels are made of: numbers of one of the formats, or pairs of them.
+pub(super) trait Factor: Copy + Default + Send + Sync + 'static {
+    /// Inner steps of a chain that one factor holds.
+    const STEPS: usize;
+    /// What panels are unpacked to for products with the transpose.
+    type Transposed: Unpacked;
+    /// Reads sixteen factors into lanes.
+    ///
+    /// # Safety
+    /// As [`Lanes::load`].
+    unsafe fn load<V: Lanes>(from: *const Self) -> V;
+    /// As [`Packed::set_columns`], for columns of panels with `inner` steps.
+    fn set_columns(panels: &mut [Self], inner: usize, columns: &Range<usize>, weights: &[f32]);
+    /// As [`Packed::column`].
+    fn column(panels: &[Self], column: usize, out: &mut [f32]);
+    /// Sixteen inner steps of every panel from `first` on, transposed: one panel of the matrix whose chains
+    /// run over the columns. Steps past the end are zero.
+    fn transpose_panel(
+        panels: &[Self],
+        inner: usize,
+        columns: usize,
+        first: usize,
+        out: &mut [Self::Transposed],
+    );
+}
+
+/// Factors that panels are unpacked to.
+pub(super) trait Unpacked: Factor {
+    /// Lends this thread's buffer for them.
+    fn with_scratch<R>(work: impl FnOnce(&mut Vec<Self>) -> R) -> R;
+}
+
+/// Implements [`Unpacked`].
+macro_rules! unpacked {
+    ($factor:ty) => {
+        impl Unpacked for $factor {
+            fn with_scratch<R>(work: impl FnOnce(&mut Vec<Self>) -> R) -> R {
+                thread_local! {
+                    static SCRATCH: RefCell<Vec<$factor>> = const { RefCell::new(Vec::new()) };
+                }
+                SCRATCH.with_borrow_mut(work)
+            }
+        }
+    };
+}
+unpacked!(f32);
+unpacked!(Pair);
+
+/// Implements [`Factor`] for a number format.
+macro_rules! factor {
+    ($element:ty, $load:ident) => {
+        impl Factor for $element {
+            const STEPS: usize = 1;
+            type Transposed = f32;
+            #[inline(always)]
+            unsafe fn load<V: Lanes>(from: *const Self) -> V {
+                // SAFETY: by the caller's promise.
+                unsafe { V::$load(from) }
+            }
+            fn set_columns(panels: &mut [Self], inner: usize, columns: &Range<usize>, weights: &[f32]) {
+                set_columns(panels, inner, columns, weights);
+            }
+            fn column(panels: &[Self], column: usize, out: &mut [f32]) {
+                let start = column / LANES * LANES * out.len() + column % LANES;
+                for (out, value) in out.iter_mut().zip(panels[start..].iter().step_by(LANES)) {
+                    *out = value.widen_one();
+                }
+            }
+            fn transpose_panel(panels: &[Self], inner: usize, columns: usize, first: usize, out: &mut [f32]) {
+                transpose_panel(panels, inner, columns, first, out);
+            }
+        }
+    };
+}
+factor!(f32, load);
+factor!(bf16, load_bf16);
+factor!(f16, load_f16);
+
+impl Factor for Pair {
+    const STEPS: usize = 2;
+    type Transposed = Self;
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(from: *const Self) -> V {
+        // SAFETY: by the caller's promise; a pair is a 32-bit word.
+        unsafe { V::load(from.cast()) }
+    }
+    fn set_columns(panels: &mut [Self], inner: usize, columns: &Range<usize>, weights: &[f32]) {
+        pairs::set_columns(panels, inner, columns, weights);
+    }
+    fn column(panels: &[Self], column: usize, out: &mut [f32]) {
+        pairs::column(panels, column, out);
+    }
+    fn transpose_panel(panels: &[Self], inner: usize, columns: usize, first: usize, out: &mut [Self]) {
+        pairs::transpose_panel(panels, inner, columns, first, out);
+    }
+}
 
 impl Default for Packed {
     fn default() -> Self {
@@ -84,31 +187,64 @@ impl Packed {
         }
         let (inner, columns) = (self.inner, first..first + weights.len() / self.inner);
         assert!(columns.end <= self.columns && weights.len().is_multiple_of(inner), "weight shape");
-        for_values!(&mut self.values, panels => set_columns(panels, inner, &columns, weights));
+        for_values!(&mut self.values, panels => Factor::set_columns(panels, inner, &columns, weights));
     }
 
     /// Copies one column, widened, to `out [inner]`.
     pub fn column(&self, column: usize, out: &mut [f32]) {
         assert!(column < self.columns && out.len() == self.inner, "column out of range");
-        let start = column / LANES * LANES * self.inner + column % LANES;
-        for_values!(&self.values, panels => {
-            for (out, value) in out.iter_mut().zip(panels[start..].iter().step_by(LANES)) {
-                *out = value.widen_one();
+        for_values!(&self.values, panels => Factor::column(panels, column, out));
+    }
+
+    /// How products with this matrix are computed.
+    pub fn products(&self) -> Products {
+        match self.values {
+            Values::Pairs(_) => Products::Bf16,
+            _ => Products::F32,
+        }
+    }
+
+    /// Changes how products with this matrix are computed; what is no bf16 yet is rounded to it.
+    pub fn set_products(&mut self, products: Products) {
+        if self.products() == products {
+            return;
+        }
+        let dtype = Dtype::Bf16;
+        let (mut columns, mut repacked) =
+            (vec![0.0; self.inner * LANES], Self::zeros(dtype, self.inner, self.columns));
+        if products == Products::Bf16 {
+            repacked.values =
+                Values::Pairs(vec![Pair::default(); pad(self.columns) * self.inner.div_ceil(2)]);
+        }
+        for first in (0..self.columns).step_by(LANES) {
+            let count = LANES.min(self.columns - first);
+            for (at, out) in columns.chunks_exact_mut(self.inner.max(1)).take(count).enumerate() {
+                self.column(first + at, out);
             }
-        });
+            repacked.set_columns(first, &columns[..count * self.inner]);
+        }
+        *self = repacked;
+    }
+
+    /// An empty matrix of passing values, whose products are computed like those with this one.
+    pub fn empty_like(&self) -> Self {
+        let values = match self.products() {
+            Products::F32 => Values::F32(Vec::new()),
+            Products::Bf16 => Values::Pairs(Vec::new()),
+        };
+        Self { values, inner: 0, columns: 0 }
     }
 
     /// Packs a row-major `matrix [inner, columns]` of passing values whose rows start `stride` elements
     /// apart.
     pub fn pack(&mut self, matrix: &[f32], inner: usize, columns: usize, stride: usize) {
         assert!(inner == 0 || matrix.len() >= (inner - 1) * stride + columns, "matrix shape");
-        let values = self.reshape(inner, columns);
-        for (panel, values) in values.chunks_mut(LANES * inner.max(1)).enumerate() {
-            let first = panel * LANES;
-            let width = LANES.min(columns - first);
-            for k in 0..inner {
-                values[k * LANES..][..width].copy_from_slice(&matrix[k * stride + first..][..width]);
-            }
+        self.reshape(inner, columns);
+        match &mut self.values {
+            Values::F32(panels) => pack(panels, matrix, inner, columns, stride),
+            Values::Pairs(panels) => pairs::pack(panels, matrix, inner, columns, stride),
+            // `reshape` leaves no other.
+            Values::Bf16(_) | Values::F16(_) => {}
         }
     }
 
@@ -119,16 +255,32 @@ impl Packed {
         self.set_columns(0, matrix);
     }
 
-    /// An `f32` matrix of zeros in the same memory.
-    fn reshape(&mut self, inner: usize, columns: usize) -> &mut [f32] {
+    /// A matrix of zeros for passing values, in the same memory.
+    fn reshape(&mut self, inner: usize, columns: usize) {
         (self.inner, self.columns) = (inner, columns);
-        if !matches!(self.values, Values::F32(_)) {
+        if matches!(self.values, Values::Bf16(_) | Values::F16(_)) {
             self.values = Values::F32(Vec::new());
         }
-        let Values::F32(values) = &mut self.values else { return &mut [] };
-        values.clear();
-        values.resize(pad(columns) * inner, 0.0);
-        values
+        for_values!(&mut self.values, panels => {
+            panels.clear();
+            panels.resize(pad(columns) * steps(panels, inner), Default::default());
+        });
+    }
+}
+
+/// Factors that hold `inner` steps of a chain.
+pub(super) fn steps<T: Factor>(_: &[T], inner: usize) -> usize {
+    inner.div_ceil(T::STEPS)
+}
+
+/// Packs a row-major `matrix [inner, columns]` whose rows start `stride` elements apart.
+fn pack(panels: &mut [f32], matrix: &[f32], inner: usize, columns: usize, stride: usize) {
+    for (panel, values) in panels.chunks_mut(LANES * inner.max(1)).enumerate() {
+        let first = panel * LANES;
+        let width = LANES.min(columns - first);
+        for k in 0..inner {
+            values[k * LANES..][..width].copy_from_slice(&matrix[k * stride + first..][..width]);
+        }
     }
 }
 
@@ -168,15 +320,8 @@ fn set_lanes<T: Element>(panel: &mut [T], inner: usize, first: usize, rows: &[f3
     }
 }
 
-/// Widens sixteen inner steps of every panel, transposed, to `out [columns, 16]`: one panel of the
-/// matrix whose chains run over the columns. `first` is the first step; steps past the end are zero.
-pub(super) fn transpose_panel<T: Element>(
-    panels: &[T],
-    inner: usize,
-    columns: usize,
-    first: usize,
-    out: &mut [f32],
-) {
+/// As [`Factor::transpose_panel`], widened, to `out [columns, 16]`.
+fn transpose_panel<T: Element>(panels: &[T], inner: usize, columns: usize, first: usize, out: &mut [f32]) {
     let width = LANES.min(inner - first);
     let mut tile = [0.0; LANES * LANES];
     for (panel, out) in panels.chunks_exact(LANES * inner).zip(out.chunks_mut(LANES * LANES)) {

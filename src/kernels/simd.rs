@@ -59,6 +59,14 @@ fn detect() -> Isa {
     Isa::Portable
 }
 
+/// Whether [`isa`] multiplies pairs of bf16 numbers.
+pub fn has_bf16_products() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return isa() == Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
+
 /// Compiles a function once per instruction set and calls the one that [`isa`] names.
 ///
 /// The body must be plain Rust; loops over sixteen lanes become vector code.
@@ -154,11 +162,11 @@ pub(crate) mod x86 {
     use super::Lanes;
     use half::{bf16, f16};
     use std::arch::x86_64::{
-        __m256, __m512, _mm_loadu_si128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps,
-        _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_ps, _mm256_setzero_ps,
-        _mm256_slli_epi32, _mm256_storeu_ps, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
-        _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
-        _mm512_storeu_ps,
+        __m256, __m512, __m512bh, _mm_loadu_si128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32,
+        _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_ps,
+        _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm512_castsi512_ps, _mm512_cvtepu16_epi32,
+        _mm512_cvtph_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
+        _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
     };
 
     /// One AVX-512 register.
@@ -199,6 +207,48 @@ pub(crate) mod x86 {
         unsafe fn add_product(self, a: f32, b: Self) -> Self {
             // SAFETY: see the trait.
             Self(unsafe { _mm512_fmadd_ps(_mm512_set1_ps(a), b.0, self.0) })
+        }
+    }
+
+    /// One AVX-512 register whose products are of pairs of bf16 numbers (see `pairs`).
+    #[derive(Clone, Copy)]
+    pub(crate) struct WidePairs(Wide);
+
+    // SAFETY: used only from code compiled for AVX-512 with bf16; sixteen elements per access.
+    unsafe impl Lanes for WidePairs {
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            // SAFETY: see the trait.
+            Self(unsafe { Wide::zero() })
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: see the trait.
+            Self(unsafe { Wide::load(from) })
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self {
+            // SAFETY: see the trait.
+            Self(unsafe { Wide::load_bf16(from) })
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const f16) -> Self {
+            // SAFETY: see the trait.
+            Self(unsafe { Wide::load_f16(from) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: see the trait.
+            unsafe { self.0.store(to) }
+        }
+        #[inline(always)]
+        unsafe fn add_product(self, a: f32, b: Self) -> Self {
+            // SAFETY: see the trait; registers of words and of pairs of bf16 have the same bits.
+            unsafe {
+                let pairs = |words: __m512| std::mem::transmute::<__m512, __m512bh>(words);
+                let product = _mm512_dpbf16_ps(self.0.0, pairs(_mm512_set1_ps(a)), pairs(b.0.0));
+                Self(Wide(product))
+            }
         }
     }
 

@@ -52,7 +52,8 @@ impl Decoder {
         workspace: &mut Workspace,
     ) {
         let mut grad_x = vec![0.0; tape.residual.len()];
-        let mut sink = Sink { decoder: self, gradients, unused: Vec::new(), packed: Packed::default() };
+        let mut sink =
+            Sink { decoder: self, gradients, unused: Vec::new(), packed: self.weights.head.passing() };
         self.head_backward(tape, targets, gradient, &mut grad_x, &mut sink);
         let (mut buffers, mut again) = (Buffers::default(), LayerTape::default());
         for layer in (0..self.config().layers).rev() {

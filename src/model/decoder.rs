@@ -3,7 +3,7 @@
 use super::layout::{Matrix, Vector};
 use super::lora::Adapter;
 use super::weights::{LayerWeights, Weights};
-use super::{DecoderConfig, Dtype, Extension, KvCache, Layout, ModelError, RopeScaling};
+use super::{DecoderConfig, Dtype, Extension, KvCache, Layout, ModelError, Products, RopeScaling};
 use crate::kernels::attention::{self, Tile};
 use crate::kernels::elementary::add;
 use crate::kernels::head::{self, TokenScore};
@@ -104,6 +104,23 @@ impl Decoder {
     /// Names and places of the parameters.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// The same decoder with its products computed in another way.
+    ///
+    /// # Errors
+    /// Products of bf16 need weights of bf16.
+    pub fn with_products(mut self, products: Products) -> Result<Self, ModelError> {
+        if products == Products::Bf16 && self.dtype() != Dtype::Bf16 {
+            return Err(ModelError::Products { dtype: self.dtype().name() });
+        }
+        self.weights.set_products(products);
+        Ok(self)
+    }
+
+    /// How products are computed.
+    pub fn products(&self) -> Products {
+        self.weights.products
     }
 
     /// The number format of the weights.

@@ -14,7 +14,7 @@ mod peft;
 mod tensors;
 mod weights;
 
-pub use crate::kernels::dtype::Dtype;
+pub use crate::kernels::dtype::{Dtype, Products};
 pub use crate::kernels::head::{TokenGradient, TokenScore};
 pub use backward::Targets;
 pub use cache::{Extension, KvCache, NodeId};
@@ -82,6 +82,12 @@ pub enum ModelError {
         /// Positions of the model.
         limit: usize,
     },
+    /// Weights of another format than bf16 cannot have products of bf16.
+    #[error("weights of {dtype} cannot be multiplied as bf16")]
+    Products {
+        /// Their format.
+        dtype: &'static str,
+    },
     /// A prompt holds no token.
     #[error("prompt {ordinal} holds no token to continue")]
     EmptyPrompt {
@@ -131,6 +137,7 @@ impl ModelError {
                 "lower tasks.max_document_tokens or rollout.max_new_tokens, or use a model with more positions"
                     .into(),
             ),
+            Self::Products { .. } => Some("set model.dtype (--dtype) to bf16 as well".into()),
             Self::EmptyPrompt { .. } => {
                 Some("give some text, or use a tokenizer with a start token (tokenizer.bos)".into())
             }

@@ -2,7 +2,7 @@
 
 use super::DecoderConfig;
 use super::layout::{Matrix, Parameter, Place, Vector};
-use crate::kernels::dtype::Dtype;
+use crate::kernels::dtype::{Dtype, Products};
 use crate::kernels::head::PackedHead;
 use crate::kernels::packed::Packed;
 use std::ops::{Index, IndexMut};
@@ -11,6 +11,7 @@ use std::ops::{Index, IndexMut};
 #[derive(Clone, Debug)]
 pub(super) struct Weights {
     pub(super) dtype: Dtype,
+    pub(super) products: Products,
     /// The embedding of an untied model; a tied one looks tokens up in its head.
     embedding: Option<PackedHead>,
     pub(super) layers: Vec<LayerWeights>,
@@ -77,11 +78,21 @@ impl Weights {
         let entries = || PackedHead::zeros(dtype, config.vocab_size, config.hidden_size);
         Self {
             dtype,
+            products: Products::default(),
             embedding: (!config.tied).then(entries),
             layers: (0..config.layers).map(|_| LayerWeights::zeros(config, dtype)).collect(),
             final_norm: vec![0.0; config.hidden_size],
             head: entries(),
         }
+    }
+
+    /// Changes how products with the matrices are computed.
+    pub(super) fn set_products(&mut self, products: Products) {
+        self.products = products;
+        for matrix in self.layers.iter_mut().flat_map(|layer| &mut layer.matrices) {
+            matrix.set_products(products);
+        }
+        self.head.set_products(products);
     }
 
     /// The embedding `[vocabulary, hidden]`.

@@ -181,7 +181,9 @@ pub(super) fn initial_decoder(pipeline: &Pipeline, vocabulary: &Vocabulary) -> R
         (Some(path), _) => load_base(pipeline, path)?,
         (None, Some(scratch)) => {
             let dtype = pipeline.model.dtype.unwrap_or_default();
-            Decoder::from_scratch(scratch, dtype, vocabulary.tokenizer.vocab_size(), pipeline.seed)
+            let vocabulary = vocabulary.tokenizer.vocab_size();
+            Decoder::from_scratch(scratch, dtype, vocabulary, pipeline.seed)
+                .with_products(pipeline.model.products)?
         }
         (None, None) => {
             return Err(PipelineError::Missing {
@@ -202,7 +204,7 @@ pub(super) fn initial_decoder(pipeline: &Pipeline, vocabulary: &Vocabulary) -> R
 /// # Errors
 /// When model or adapter cannot be loaded.
 pub(super) fn load_base(pipeline: &Pipeline, path: &Path) -> Result<Decoder, Error> {
-    let decoder = Decoder::load_as(path, pipeline.model.dtype)?;
+    let decoder = Decoder::load_as(path, pipeline.model.dtype)?.with_products(pipeline.model.products)?;
     let Some(lora) = &pipeline.model.lora else { return Ok(decoder) };
     if let Some(adapter) = &lora.path {
         return Ok(decoder.with_adapter_of(adapter)?);

@@ -209,7 +209,8 @@ pub(super) fn read_decoder(
     let config = DecoderConfig::from_json(&path, &json)?;
     let dtype = Dtype::of_name(json["torch_dtype"].as_str().unwrap_or_default()).unwrap_or_default();
     let parameters = read_parameters(checkpoint, &Layout::new(&config))?;
-    Ok((Decoder::new(config, dtype, &parameters), parameters))
+    let decoder = Decoder::new(config, dtype, &parameters).with_products(pipeline.model.products)?;
+    Ok((decoder, parameters))
 }
 
 fn read_parameters(checkpoint: &crate::checkpoint::Checkpoint, layout: &Layout) -> Result<Vec<f32>, Error> {
