@@ -8,9 +8,11 @@ use super::simd::multiversion;
 /// Range reduction by ln 2 in two parts and a degree-6 polynomial (Cephes `expf`).
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
+    // 1.5 * 2^23: adding it rounds to an integer, which the lowest bits of the sum then hold.
+    const ROUND: f32 = 12_582_912.0;
     let bounded = x.clamp(-87.3, 88.0);
-    let n = bounded.mul_add(std::f32::consts::LOG2_E, ROUND) - ROUND;
+    let rounded = bounded.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = rounded - ROUND;
     let r = n.mul_add(-0.693_359_4, bounded);
     let r = n.mul_add(2.121_944_4e-4, r);
     let p = 1.987_569_1e-4_f32;
@@ -20,7 +22,7 @@ pub fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 1.666_666_5e-1);
     let p = p.mul_add(r, 0.5);
     let p = p.mul_add(r * r, r) + 1.0;
-    let scale = f32::from_bits((((n as i32) + 127) << 23) as u32);
+    let scale = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
     if x < -87.3 { 0.0 } else { p * scale }
 }
 

@@ -117,6 +117,11 @@ impl Normalizer {
         normalizer
     }
 
+    /// Largest logit.
+    pub fn largest(&self) -> f32 {
+        self.largest
+    }
+
     /// ln of the sum of `e^(inverse_temperature` * logit).
     pub fn log_sum(&self) -> f32 {
         self.largest.mul_add(self.inverse_temperature, self.sum.ln())

@@ -15,7 +15,7 @@ use std::ops::Range;
 /// Multiply-adds below which a product stays on one thread.
 const SERIAL_PRODUCTS: usize = 1 << 20;
 /// Rows that one task of a parallel product works on.
-const ROWS_PER_TASK: usize = 96;
+pub(super) const ROWS_PER_TASK: usize = 96;
 /// Steps of the inner dimension between two visits of the output.
 const INNER_PER_BLOCK: usize = 256;
 /// Panels that one task of a parallel product works on.
@@ -64,10 +64,12 @@ pub fn matmul(left: Left, rows: usize, right: &Packed, out: &mut [f32], accumula
     let parallel = rows * columns * inner > SERIAL_PRODUCTS;
     for_values!(&right.values, values => {
         let right = Panels { values, inner, first: 0, columns };
-        for_each_item(rows.div_ceil(ROWS_PER_TASK) * panel_tasks, parallel, |task| {
-            let first = task % panel_tasks * PANELS_PER_TASK;
-            let panels = first..columns.div_ceil(LANES).min(first + PANELS_PER_TASK);
-            block(left, row_block(task / panel_tasks, rows), &right, panels, &shared, accumulate);
+        with_factors(&right, left, rows, |left| {
+            for_each_item(rows.div_ceil(ROWS_PER_TASK) * panel_tasks, parallel, |task| {
+                let first = task % panel_tasks * PANELS_PER_TASK;
+                let panels = first..columns.div_ceil(LANES).min(first + PANELS_PER_TASK);
+                block(left, row_block(task / panel_tasks, rows), &right, panels, &shared, accumulate);
+            });
         });
     });
 }
@@ -79,7 +81,27 @@ pub fn matmul_transposed(left: &[f32], rows: usize, right: &Packed, out: &mut [f
     assert!(left.len() == rows * columns && out.len() == rows * inner, "product shape");
     let left = Left::rows(left, columns);
     let shared = Disjoint::new(out);
-    for_values!(&right.values, values => transposed(left, rows, values, [inner, columns], &shared, accumulate));
+    for_values!(&right.values, values => {
+        let right = Panels { values, inner: columns, first: 0, columns: inner };
+        with_factors(&right, left, rows, |left| {
+            transposed(left, rows, values, [inner, columns], &shared, accumulate);
+        });
+    });
+}
+
+/// Lends the rows of a left matrix in the form that the products need: rounded to pairs, where panels hold
+/// pairs. A matrix that is read across its rows stays as it is.
+fn with_factors<T: Factor>(right: &Panels<T>, left: Left, rows: usize, work: impl FnOnce(Left)) {
+    thread_local! {
+        static WORDS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    }
+    if T::STEPS == 1 || left.inner_stride != 1 {
+        return work(left);
+    }
+    // Taken, not borrowed: while this thread waits for others it may work on another product.
+    let mut words = WORDS.take();
+    work(pairs::of_rows(left, rows, right.inner, &mut words));
+    WORDS.set(words);
 }
 
 /// [`matmul_transposed`] for one format: unpacks some panels at a time.
@@ -138,9 +160,9 @@ thread_local! {
 
 /// One task of a product: some rows times some panels.
 ///
-/// A left matrix that is read across its rows (the transpose in a weight gradient), or one that is to
-/// be rounded, is first copied, a block of the inner dimension at a time; the chains go on through
-/// `out` from block to block, which changes no bit.
+/// A left matrix that is read across its rows (the transpose in a weight gradient) is first
+/// copied, a block of the inner dimension at a time; the chains go on through `out` from block to
+/// block, which changes no bit.
 fn block<T: Factor>(
     left: Left,
     rows: Range<usize>,
@@ -150,7 +172,7 @@ fn block<T: Factor>(
     accumulate: bool,
 ) {
     let steps = right.steps();
-    if left.inner_stride == 1 && T::STEPS == 1 {
+    if left.inner_stride == 1 {
         let part = Part { left, first_row: 0, rows, right, inner: 0..steps, accumulate };
         return part.sweep(panels, out);
     }

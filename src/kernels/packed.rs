@@ -262,8 +262,13 @@ impl Packed {
             self.values = Values::F32(Vec::new());
         }
         for_values!(&mut self.values, panels => {
-            panels.clear();
-            panels.resize(pad(columns) * steps(panels, inner), Default::default());
+            let size = steps(panels, inner) * LANES;
+            panels.resize(columns.div_ceil(LANES) * size, Default::default());
+            // Lanes without a column; the others are all written.
+            if !columns.is_multiple_of(LANES) {
+                let last = panels.len() - size;
+                panels[last..].fill(Default::default());
+            }
         });
     }
 }

@@ -6,7 +6,8 @@
 //! normal range as zero. That is what the instruction does, so other machines get the same bits, slowly.
 
 use super::LANES;
-use super::matmul::Left;
+use super::matmul::{Left, ROWS_PER_TASK};
+use super::parallel::for_each_row;
 use super::simd::{Lanes, multiversion};
 use half::bf16;
 use rayon::prelude::*;
@@ -119,8 +120,18 @@ multiversion! {
     }
 }
 
-/// Rounds some rows and some pairs of inner steps of a left matrix with `inner` steps to words: row-major
-/// when its rows are, else `[pairs, rows]`.
+/// A left matrix with `inner` steps that is read along its rows, as words.
+pub(super) fn of_rows<'a>(left: Left, rows: usize, inner: usize, words: &'a mut Vec<f32>) -> Left<'a> {
+    let pairs = inner.div_ceil(2);
+    words.resize(rows * pairs, 0.0);
+    for_each_row(words, pairs, |row, words| {
+        pair_row(&left.values[row * left.row_stride..][..inner], words);
+    });
+    Left::rows(words, pairs)
+}
+
+/// Some rows and some pairs of the steps of a left matrix that is read across its rows, as words
+/// `[pairs, rows]`.
 pub(super) fn copy_block<'a>(
     left: Left,
     inner: usize,
@@ -128,20 +139,15 @@ pub(super) fn copy_block<'a>(
     pairs: &Range<usize>,
     copy: &'a mut Vec<f32>,
 ) -> Left<'a> {
-    copy.clear();
+    debug_assert_eq!(left.row_stride, 1, "a transposed matrix");
     copy.resize(rows.len() * pairs.len(), 0.0);
-    let steps = 2 * pairs.start..inner.min(2 * pairs.end);
-    if left.inner_stride == 1 {
-        for (row, words) in rows.clone().zip(copy.chunks_exact_mut(pairs.len().max(1))) {
-            let start = row * left.row_stride;
-            pair_row(&left.values[start + steps.start..start + steps.end], words);
-        }
-        return Left { values: copy, row_stride: pairs.len(), inner_stride: 1 };
-    }
-    let zeros = vec![0.0; rows.len()];
-    for (even, words) in steps.step_by(2).zip(copy.chunks_exact_mut(rows.len().max(1))) {
-        let row = |step: usize| &left.values[step * left.inner_stride..][rows.clone()];
-        pair_rows(row(even), if even + 1 < inner { row(even + 1) } else { &zeros }, words);
+    let zeros = [0.0; ROWS_PER_TASK];
+    for (pair, words) in pairs.clone().zip(copy.chunks_exact_mut(rows.len().max(1))) {
+        let row = |step: usize| match step < inner {
+            true => &left.values[step * left.inner_stride..][rows.clone()],
+            false => &zeros[..rows.len()],
+        };
+        pair_rows(row(2 * pair), row(2 * pair + 1), words);
     }
     Left { values: copy, row_stride: 1, inner_stride: rows.len() }
 }
@@ -179,17 +185,25 @@ pub(super) fn column(panels: &[Pair], column: usize, out: &mut [f32]) {
 
 /// Packs a row-major `matrix [inner, columns]` whose rows start `stride` elements apart.
 pub(super) fn pack(panels: &mut [Pair], matrix: &[f32], inner: usize, columns: usize, stride: usize) {
-    let (size, zeros) = (LANES * inner.div_ceil(2).max(1), [0.0; LANES]);
+    let size = LANES * inner.div_ceil(2).max(1);
     for (panel, pairs) in panels.chunks_mut(size).enumerate() {
         let first = panel * LANES;
-        let width = LANES.min(columns - first);
-        for (at, pairs) in pairs.chunks_exact_mut(LANES).enumerate() {
-            let row = |step: usize| match step < inner {
-                true => &matrix[step * stride + first..][..width],
-                false => &zeros[..width],
-            };
-            for ((pair, even), odd) in pairs.iter_mut().zip(row(2 * at)).zip(row(2 * at + 1)) {
-                *pair = Pair::of(*even, *odd);
+        pack_panel(pairs, &matrix[first..], inner, LANES.min(columns - first), stride);
+    }
+}
+
+multiversion! {
+    /// One panel of `width` columns.
+    fn pack_panel(panel: &mut [Pair], matrix: &[f32], inner: usize, width: usize, stride: usize) {
+        let (steps, _) = panel.as_chunks_mut::<LANES>();
+        for (at, pairs) in steps.iter_mut().enumerate() {
+            let (mut even, mut odd) = ([0.0; LANES], [0.0; LANES]);
+            even[..width].copy_from_slice(&matrix[2 * at * stride..][..width]);
+            if 2 * at + 1 < inner {
+                odd[..width].copy_from_slice(&matrix[(2 * at + 1) * stride..][..width]);
+            }
+            for lane in 0..LANES {
+                pairs[lane] = Pair::of(even[lane], odd[lane]);
             }
         }
     }

@@ -61,7 +61,7 @@ pub fn draw(logits: &[f32], sampling: &Sampling, uniform: f64, scratch: &mut Vec
     };
     scratch.clear();
     scratch.extend_from_slice(logits);
-    exp_in_place(scratch, logits[argmax(logits)], inverse_temperature);
+    exp_in_place(scratch, plain.largest(), inverse_temperature);
     let (token, truncated) = if sampling.truncates() {
         let kept = truncate(scratch, sampling);
         let mass: f64 = kept.iter().map(|id| f64::from(scratch[*id as usize])).sum();
