@@ -9,7 +9,7 @@ use super::dtype::{Dtype, Products};
 use super::elementary::{exp, exp_sums, max};
 use super::matmul::{Left, matmul, matmul_transposed};
 use super::packed::Packed;
-use super::parallel::for_each_row;
+use super::parallel::{Disjoint, for_each_item, for_each_row};
 use super::simd::multiversion;
 use rayon::prelude::*;
 
@@ -71,15 +71,18 @@ impl PackedHead {
     /// Logits `[rows, vocabulary]` of hidden states `[rows, hidden]`: for sampling and scoring,
     /// where the caller bounds the number of rows.
     pub fn logits(&self, hidden: &[f32], rows: usize, out: &mut [f32]) {
-        let mut block_out = Vec::new();
-        for (at, block) in self.blocks.iter().enumerate() {
-            let width = block.columns();
-            block_out.resize(rows * width, 0.0);
-            matmul(Left::rows(hidden, self.hidden), rows, block, &mut block_out, false);
-            for (row, values) in block_out.chunks_exact(width).enumerate() {
-                out[row * self.vocabulary + at * BLOCK..][..width].copy_from_slice(values);
+        assert_eq!(out.len(), rows * self.vocabulary, "output shape");
+        let out = Disjoint::new(out);
+        for_each_item(self.blocks.len(), true, |at| {
+            let block = &self.blocks[at];
+            let mut values = vec![0.0; rows * block.columns()];
+            matmul(Left::rows(hidden, self.hidden), rows, block, &mut values, false);
+            for (row, values) in values.chunks_exact(block.columns()).enumerate() {
+                let start = row * self.vocabulary + at * BLOCK;
+                // SAFETY: these entries of this row belong to this block alone.
+                unsafe { out.slice(start, values.len()) }.copy_from_slice(values);
             }
-        }
+        });
     }
 }
 

@@ -12,8 +12,10 @@ use super::simd::{Isa, Lanes, has_bf16_products, isa};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Multiply-adds below which a product stays on one thread.
+/// Multiply-adds below which a product stays on one thread, unless its weights alone take long to read.
 const SERIAL_PRODUCTS: usize = 1 << 20;
+/// Weights below which a product of few rows stays on one thread.
+const SERIAL_WEIGHTS: usize = 1 << 17;
 /// Rows that one task of a parallel product works on.
 pub(super) const ROWS_PER_TASK: usize = 96;
 /// Steps of the inner dimension between two visits of the output.
@@ -59,15 +61,16 @@ pub fn matmul(left: Left, rows: usize, right: &Packed, out: &mut [f32], accumula
     let (inner, columns) = (right.inner(), right.columns());
     left.check(rows, inner);
     assert_eq!(out.len(), rows * columns, "output shape");
-    let panel_tasks = columns.div_ceil(LANES).div_ceil(PANELS_PER_TASK);
+    let panels_per_task = panels_per_task(rows, columns.div_ceil(LANES));
+    let panel_tasks = columns.div_ceil(LANES).div_ceil(panels_per_task);
     let shared = Disjoint::new(out);
-    let parallel = rows * columns * inner > SERIAL_PRODUCTS;
+    let parallel = pays_in_parallel(rows, columns, inner);
     for_values!(&right.values, values => {
         let right = Panels { values, inner, first: 0, columns };
         with_factors(&right, left, rows, |left| {
             for_each_item(rows.div_ceil(ROWS_PER_TASK) * panel_tasks, parallel, |task| {
-                let first = task % panel_tasks * PANELS_PER_TASK;
-                let panels = first..columns.div_ceil(LANES).min(first + PANELS_PER_TASK);
+                let first = task % panel_tasks * panels_per_task;
+                let panels = first..columns.div_ceil(LANES).min(first + panels_per_task);
                 block(left, row_block(task / panel_tasks, rows), &right, panels, &shared, accumulate);
             });
         });
@@ -114,7 +117,7 @@ fn transposed<T: Factor>(
     accumulate: bool,
 ) {
     let panels = inner.div_ceil(LANES);
-    let parallel = rows * columns * inner > SERIAL_PRODUCTS;
+    let parallel = pays_in_parallel(rows, columns, inner);
     for_each_item(panels.div_ceil(PANELS_PER_TRANSPOSE), parallel, |task| {
         let first = task * PANELS_PER_TRANSPOSE;
         let group = first..panels.min(first + PANELS_PER_TRANSPOSE);
@@ -130,6 +133,18 @@ fn transposed<T: Factor>(
             }
         });
     });
+}
+
+fn pays_in_parallel(rows: usize, columns: usize, inner: usize) -> bool {
+    rows * columns * inner > SERIAL_PRODUCTS || columns * inner > SERIAL_WEIGHTS
+}
+
+/// Panels that one task works on: fewer where there is one block of rows, so that all threads have some.
+fn panels_per_task(rows: usize, panels: usize) -> usize {
+    match rows.div_ceil(ROWS_PER_TASK) {
+        0 | 1 => panels.div_ceil(rayon::current_num_threads()).next_multiple_of(2).min(PANELS_PER_TASK),
+        _ => PANELS_PER_TASK,
+    }
 }
 
 fn row_block(number: usize, rows: usize) -> Range<usize> {

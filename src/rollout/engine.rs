@@ -10,8 +10,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Replies that one thread grows side by side.
+/// Replies that grow side by side.
 const REPLIES_AT_ONCE: usize = 256;
+/// Parameters up to which each thread grows replies of its own, however few.
+const SMALL_MODEL: usize = 16 << 20;
+/// Replies that are worth a reading of a larger model's weights; threads share the work on fewer.
+const REPLIES_WORTH_THE_WEIGHTS: usize = 32;
 /// Logits that one thread holds at a time.
 const LOGITS_AT_ONCE: usize = 1 << 23;
 
@@ -112,12 +116,40 @@ impl Engine<'_> {
     pub fn generate(&self, prompts: &[Prompt], samples: usize) -> Result<Generation, ModelError> {
         self.check(prompts)?;
         let parts: Vec<Result<Generation, ModelError>> =
-            waves(prompts, samples).into_par_iter().map(|prompts| self.wave(prompts, samples)).collect();
+            self.waves(prompts, samples).into_par_iter().map(|prompts| self.wave(prompts, samples)).collect();
         let mut all = Generation::default();
         for part in parts {
             all.absorb(part?);
         }
         Ok(all)
+    }
+
+    /// Cuts prompts into waves: of a small model about one for each thread.
+    ///
+    /// A wave computes each of its trunks once. Cuts therefore fall between trunks, and inside one only
+    /// where it has more prompts than any wave may hold: counted tokens and operations, from which the
+    /// lengths of later stages are derived, do not depend on the number of threads.
+    fn waves<'p>(&self, prompts: &'p [Prompt], samples: usize) -> Vec<&'p [Prompt]> {
+        let limit = (REPLIES_AT_ONCE / samples.max(1)).max(1);
+        let worthwhile = match self.decoder.layout().len() {
+            ..=SMALL_MODEL => prompts.len(),
+            _ => prompts.len() * samples / REPLIES_WORTH_THE_WEIGHTS,
+        };
+        let waves_at_once = worthwhile.clamp(1, rayon::current_num_threads().max(1));
+        let share = prompts.len().div_ceil(waves_at_once).min(limit);
+        let families = prompts.chunk_by(|a, b| Arc::ptr_eq(&a.trunk, &b.trunk));
+        let (mut waves, mut start, mut end) = (Vec::new(), 0, 0);
+        for part in families.flat_map(|family| family.chunks(limit)) {
+            if end > start && end - start + part.len() > share {
+                waves.push(&prompts[start..end]);
+                start = end;
+            }
+            end += part.len();
+        }
+        if end > start {
+            waves.push(&prompts[start..end]);
+        }
+        waves
     }
 
     fn check(&self, prompts: &[Prompt]) -> Result<(), ModelError> {
@@ -134,7 +166,7 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// All replies to some prompts, on one thread.
+    /// All replies to some prompts, side by side.
     fn wave(&self, prompts: &[Prompt], samples: usize) -> Result<Generation, ModelError> {
         let start = Instant::now();
         let (mut cache, mut workspace) = (self.decoder.new_cache(), Workspace::default());
@@ -252,20 +284,19 @@ impl Engine<'_> {
     fn grow(&self, live: &mut [Live], states: &[f32], source: &[usize], workspace: &mut Workspace) {
         let (width, vocabulary) = (self.decoder.config().hidden_size, self.decoder.config().vocab_size);
         let rows_at_once = (LOGITS_AT_ONCE / vocabulary).max(1);
-        let (mut logits, mut scratch) = (Vec::new(), Vec::new());
+        let mut logits = Vec::new();
         for (block, states) in states.chunks(rows_at_once * width).enumerate() {
             self.decoder.logits(states, &mut logits, workspace);
             let first = block * rows_at_once;
-            for (reply, row) in live.iter_mut().zip(source) {
+            live.par_iter_mut().zip(source).for_each_init(Vec::new, |scratch, (reply, row)| {
                 if let Some(logits) = row
                     .checked_sub(first)
                     .and_then(|row| logits.get(row * vocabulary..(row + 1) * vocabulary))
                 {
                     let uniform = reply.stream.uniform(reply.rollout.tokens.len() as u64);
-                    let drawn = draw(logits, &self.sampling, uniform, &mut scratch);
-                    reply.push(drawn);
+                    reply.push(draw(logits, &self.sampling, uniform, scratch));
                 }
-            }
+            });
         }
     }
 
@@ -293,29 +324,6 @@ impl Live {
         self.rollout.policy_logprobs.push(drawn.policy_logprob);
         self.rollout.sampling_logprobs.push(drawn.sampling_logprob);
     }
-}
-
-/// Cuts prompts into waves, about one for each thread.
-///
-/// A wave computes each of its trunks once. Cuts therefore fall between trunks, and inside one only
-/// where it has more prompts than any wave may hold: counted tokens and operations, from which the
-/// lengths of later stages are derived, do not depend on the number of threads.
-fn waves(prompts: &[Prompt], samples: usize) -> Vec<&[Prompt]> {
-    let limit = (REPLIES_AT_ONCE / samples.max(1)).max(1);
-    let share = prompts.len().div_ceil(rayon::current_num_threads().max(1)).min(limit);
-    let families = prompts.chunk_by(|a, b| Arc::ptr_eq(&a.trunk, &b.trunk));
-    let (mut waves, mut start, mut end) = (Vec::new(), 0, 0);
-    for part in families.flat_map(|family| family.chunks(limit)) {
-        if end > start && end - start + part.len() > share {
-            waves.push(&prompts[start..end]);
-            start = end;
-        }
-        end += part.len();
-    }
-    if end > start {
-        waves.push(&prompts[start..end]);
-    }
-    waves
 }
 
 /// Adds a trunk as a chain of segments that ends at each wanted length; returns the segment that
