@@ -2,6 +2,10 @@
 
 use super::LANES;
 use super::simd::multiversion;
+use rayon::prelude::*;
+
+/// Columns that a task sums.
+const COLUMNS_PER_TASK: usize = 256;
 
 /// e^x to about 2 units in the last place; 0 below -87.3, capped above 88.
 ///
@@ -133,6 +137,17 @@ multiversion! {
             *target += *source;
         }
     }
+}
+
+/// Adds every row of `rows [count, n]` to `target [n]`, in their order.
+pub fn add_rows(target: &mut [f32], rows: &[f32]) {
+    let n = target.len();
+    let columns = target.par_chunks_mut(COLUMNS_PER_TASK).enumerate();
+    columns.for_each(|(at, target)| {
+        for row in rows.chunks_exact(n) {
+            add(target, &row[at * COLUMNS_PER_TASK..][..target.len()]);
+        }
+    });
 }
 
 multiversion! {

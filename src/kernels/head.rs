@@ -58,9 +58,9 @@ impl PackedHead {
         self.blocks.iter_mut().for_each(|block| block.set_products(products));
     }
 
-    /// An empty matrix of passing values, whose products are computed like those with this one.
-    pub fn passing(&self) -> Packed {
-        self.blocks.first().map(Packed::empty_like).unwrap_or_default()
+    /// How products are computed.
+    pub fn products(&self) -> Products {
+        self.blocks.first().map_or(Products::default(), Packed::products)
     }
 
     /// Entries of the vocabulary.
@@ -257,26 +257,38 @@ impl LogitGradient {
     }
 }
 
-/// Scores one target per row of `hidden [rows, hidden]`, asks `gradient` (in the rows' order) for the
-/// derivative of the loss with respect to each score, and adds the gradients of the hidden states
-/// and, where it is trained, of the weight `[vocabulary, hidden]`.
+/// What is scored: a target for each row.
+#[derive(Clone, Copy, Debug)]
+pub struct Scored<'a> {
+    /// Hidden states, `[rows, hidden]`.
+    pub hidden: &'a [f32],
+    /// Tokens, `[rows]`.
+    pub targets: &'a [u32],
+    /// Inverse temperature of the policy.
+    pub inverse_temperature: f32,
+}
+
+/// Scores targets, asks `gradient` (in the rows' order) for the derivative of the loss with respect to
+/// each score, and adds the gradients of the hidden states `[rows, hidden]` and, where it is trained,
+/// of the weight `[vocabulary, hidden]`.
 ///
 /// Logits are computed once, for 256 rows at a time.
 /// d logprob(t) / d logit(c) = `inverse_temperature` * ([c = t] - p(c)).
 pub fn score_and_backward(
     head: &PackedHead,
-    hidden: &[f32],
-    targets: &[u32],
-    inverse_temperature: f32,
+    scored: &Scored,
     mut gradient: impl FnMut(usize, &TokenScore) -> TokenGradient,
     grad_hidden: &mut [f32],
     mut grad_weight: Option<&mut [f32]>,
+    buffers: &mut ChunkBuffers,
 ) {
-    let mut chunk = Chunk { head, logits: Vec::new(), packed_hidden: head.passing() };
+    buffers.hidden.set_passing(head.products());
+    let mut chunk = Chunk { head, buffers };
     let values_at_once = ROWS_AT_ONCE * head.hidden;
-    let inputs = hidden.chunks(values_at_once).zip(grad_hidden.chunks_mut(values_at_once));
-    for (number, (targets, (hidden, grad_hidden))) in targets.chunks(ROWS_AT_ONCE).zip(inputs).enumerate() {
-        let states = chunk.score(hidden, targets, inverse_temperature);
+    let inputs = scored.hidden.chunks(values_at_once).zip(grad_hidden.chunks_mut(values_at_once));
+    let chunks = scored.targets.chunks(ROWS_AT_ONCE).zip(inputs);
+    for (number, (targets, (hidden, grad_hidden))) in chunks.enumerate() {
+        let states = chunk.score(hidden, targets, scored.inverse_temperature);
         let rows = states.iter().zip(number * ROWS_AT_ONCE..);
         let gradients: Vec<LogitGradient> =
             rows.map(|(state, row)| state.logit_gradient(gradient(row, &state.score()))).collect();
@@ -284,20 +296,26 @@ pub fn score_and_backward(
     }
 }
 
+/// Buffers of [`score_and_backward`], kept between calls.
+#[derive(Debug, Default)]
+pub struct ChunkBuffers {
+    /// One block of the vocabulary after the other, each `[rows, its entries]`.
+    logits: Vec<f32>,
+    hidden: Packed,
+}
+
 /// Some rows of the head's forward and backward pass.
 struct Chunk<'a> {
     head: &'a PackedHead,
-    /// One block of the vocabulary after the other, each `[rows, its entries]`.
-    logits: Vec<f32>,
-    packed_hidden: Packed,
+    buffers: &'a mut ChunkBuffers,
 }
 
 impl Chunk<'_> {
     fn score(&mut self, hidden: &[f32], targets: &[u32], inverse_temperature: f32) -> Vec<RowState> {
         let rows = targets.len();
         let mut states = vec![RowState::new(inverse_temperature); rows];
-        self.logits.resize(rows * self.head.vocabulary, 0.0);
-        let blocks = self.head.blocks.iter().zip(self.logits.chunks_mut(rows * BLOCK));
+        self.buffers.logits.resize(rows * self.head.vocabulary, 0.0);
+        let blocks = self.head.blocks.iter().zip(self.buffers.logits.chunks_mut(rows * BLOCK));
         for (at, (block, logits)) in blocks.enumerate() {
             matmul(Left::rows(hidden, self.head.hidden), rows, block, logits, false);
             take_in(&mut states, logits, targets, at);
@@ -315,8 +333,9 @@ impl Chunk<'_> {
         mut grad_weight: Option<&mut [f32]>,
     ) {
         let (rows, columns) = (targets.len(), self.head.hidden);
-        self.packed_hidden.pack(hidden, rows, columns, columns);
-        let blocks = self.head.blocks.iter().zip(self.logits.chunks_mut(rows * BLOCK));
+        let ChunkBuffers { logits, hidden: packed_hidden } = &mut *self.buffers;
+        packed_hidden.pack(hidden, rows, columns, columns);
+        let blocks = self.head.blocks.iter().zip(logits.chunks_mut(rows * BLOCK));
         for (at, (block, logits)) in blocks.enumerate() {
             let width = block.columns();
             for_each_row(logits, width, |row, logits| {
@@ -325,7 +344,7 @@ impl Chunk<'_> {
             matmul_transposed(logits, rows, block, grad_hidden, true);
             if let Some(grad_weight) = grad_weight.as_deref_mut() {
                 let grad_block = &mut grad_weight[at * BLOCK * columns..][..width * columns];
-                matmul(Left::transposed(logits, width), width, &self.packed_hidden, grad_block, true);
+                matmul(Left::transposed(logits, width), width, packed_hidden, grad_block, true);
             }
         }
     }
@@ -410,15 +429,9 @@ mod tests {
                 _ => TokenGradient::PolicyLogprob(derivative(row)),
             }
         };
-        score_and_backward(
-            &head,
-            &states,
-            &targets,
-            1.25,
-            gradient,
-            &mut grad_hidden,
-            Some(&mut grad_weight),
-        );
+        let scored = Scored { hidden: &states, targets: &targets, inverse_temperature: 1.25 };
+        let buffers = &mut ChunkBuffers::default();
+        score_and_backward(&head, &scored, gradient, &mut grad_hidden, Some(&mut grad_weight), buffers);
         assert_eq!(seen, expected);
         let shifted = |v: &[f32], at: usize, by: f32| {
             let mut v = v.to_vec();
@@ -450,7 +463,9 @@ mod tests {
             seen.push((row, *score));
             TokenGradient::Logprob(0.0)
         };
-        score_and_backward(&head, &hidden, &targets, 1.25, gradient, &mut vec![0.0; rows * 8], None);
+        let scored = Scored { hidden: &hidden, targets: &targets, inverse_temperature: 1.25 };
+        let buffers = &mut ChunkBuffers::default();
+        score_and_backward(&head, &scored, gradient, &mut vec![0.0; rows * 8], None, buffers);
         let expected: Vec<_> = score(&head, &hidden, &targets, 1.25).into_iter().enumerate().collect();
         assert_eq!(seen, expected);
     }

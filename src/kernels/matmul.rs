@@ -142,7 +142,7 @@ fn pays_in_parallel(rows: usize, columns: usize, inner: usize) -> bool {
 /// Panels that one task works on: fewer where there is one block of rows, so that all threads have some.
 fn panels_per_task(rows: usize, panels: usize) -> usize {
     match rows.div_ceil(ROWS_PER_TASK) {
-        0 | 1 => panels.div_ceil(rayon::current_num_threads()).next_multiple_of(2).min(PANELS_PER_TASK),
+        0 | 1 => panels.div_ceil(rayon::current_num_threads()).next_multiple_of(2).clamp(1, PANELS_PER_TASK),
         _ => PANELS_PER_TASK,
     }
 }

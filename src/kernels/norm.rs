@@ -1,8 +1,12 @@
 //! Root-mean-square normalisation (Zhang & Sennrich, arXiv 1910.07467), forward and backward.
 
 use super::LANES;
-use super::elementary::{dot, sum_lanes};
+use super::elementary::{add, dot, sum_lanes};
 use super::simd::multiversion;
+use rayon::prelude::*;
+
+/// Rows that a task works on, and whose weight gradients are summed together.
+const ROWS_PER_TASK: usize = 64;
 
 multiversion! {
     /// `out = x * scale * weight` for one row.
@@ -49,6 +53,39 @@ multiversion! {
             grad_weight[at] += grad_out[at] * x[at] * scale;
         }
     }
+}
+
+/// Normalises rows, `[rows, n]`, and writes the factor of each to `scales`.
+pub fn forward_rows(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32], scales: &mut [f32]) {
+    let n = weight.len();
+    let rows = x.par_chunks_exact(n).zip(out.par_chunks_exact_mut(n)).zip(scales);
+    rows.with_min_len(ROWS_PER_TASK).for_each(|((x, out), scale)| *scale = forward(x, weight, epsilon, out));
+}
+
+/// [`backward`] of rows, `[rows, n]`. Weight gradients are summed by runs of 64 rows, then in the runs' order.
+pub fn backward_rows(
+    x: &[f32],
+    weight: &[f32],
+    scales: &[f32],
+    grad_out: &[f32],
+    grad_x: &mut [f32],
+    grad_weight: &mut [f32],
+) {
+    let n = weight.len();
+    let run = n * ROWS_PER_TASK;
+    let runs = x.par_chunks(run).zip(grad_out.par_chunks(run)).zip(grad_x.par_chunks_mut(run));
+    let parts: Vec<Vec<f32>> = runs
+        .zip(scales.par_chunks(ROWS_PER_TASK))
+        .map(|(((x, grad_out), grad_x), scales)| {
+            let mut part = vec![0.0; n];
+            let rows = x.chunks_exact(n).zip(grad_out.chunks_exact(n)).zip(grad_x.chunks_exact_mut(n));
+            for (((x, grad_out), grad_x), scale) in rows.zip(scales) {
+                backward(x, weight, *scale, grad_out, grad_x, &mut part);
+            }
+            part
+        })
+        .collect();
+    parts.iter().for_each(|part| add(grad_weight, part));
 }
 
 #[cfg(test)]

@@ -226,13 +226,15 @@ impl Packed {
         *self = repacked;
     }
 
-    /// An empty matrix of passing values, whose products are computed like those with this one.
-    pub fn empty_like(&self) -> Self {
-        let values = match self.products() {
+    /// Makes this a matrix of passing values whose products are computed in that way.
+    pub fn set_passing(&mut self, products: Products) {
+        let values = match products {
+            Products::F32 if matches!(self.values, Values::F32(_)) => return,
+            Products::Bf16 if matches!(self.values, Values::Pairs(_)) => return,
             Products::F32 => Values::F32(Vec::new()),
             Products::Bf16 => Values::Pairs(Vec::new()),
         };
-        Self { values, inner: 0, columns: 0 }
+        *self = Self { values, inner: 0, columns: 0 };
     }
 
     /// Packs a row-major `matrix [inner, columns]` of passing values whose rows start `stride` elements

@@ -287,7 +287,8 @@ mod tests {
             packed.set_products(Products::Bf16);
             let mut grad_input = vec![0.5; rows * inner];
             matmul_transposed(&dy, rows, &packed, &mut grad_input, true);
-            let mut inputs = packed.empty_like();
+            let mut inputs = Packed::default();
+            inputs.set_passing(Products::Bf16);
             inputs.pack(&x, rows, inner, inner);
             let mut grad_weight = vec![0.5; columns * inner];
             matmul(Left::transposed(&dy, columns), columns, &inputs, &mut grad_weight, true);

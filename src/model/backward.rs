@@ -4,17 +4,40 @@ use super::decoder::{LayerTape, sized};
 use super::layout::{LayerLayout, Matrix, Vector};
 use super::{Decoder, KvCache, Tape, Workspace};
 use crate::kernels::attention::{self, Gradients, Saved, Tile};
-use crate::kernels::elementary::add;
+use crate::kernels::elementary::{add, add_rows};
 use crate::kernels::head::{self, TokenGradient, TokenScore};
 use crate::kernels::matmul::{Left, matmul, matmul_transposed};
 use crate::kernels::packed::Packed;
 use crate::kernels::parallel::for_each_row;
 use crate::kernels::{norm, swiglu};
+use std::mem::take;
 use std::ops::Range;
 
-/// Buffers of one backward pass.
-#[derive(Default)]
-struct Buffers {
+/// Buffers of the backward pass, kept between calls.
+#[derive(Debug, Default)]
+pub(super) struct BackwardBuffers {
+    /// Gradient of the residual stream, `[rows, hidden]`.
+    x: Vec<f32>,
+    /// The layer that is computed again, where the tape holds only its input.
+    again: LayerTape,
+    head: HeadBuffers,
+    layer: LayerBuffers,
+    sink: SinkBuffers,
+}
+
+/// Final norm and head, a row for each target.
+#[derive(Debug, Default)]
+struct HeadBuffers {
+    inputs: Vec<f32>,
+    scales: Vec<f32>,
+    states: Vec<f32>,
+    grad_states: Vec<f32>,
+    grad_inputs: Vec<f32>,
+    chunk: head::ChunkBuffers,
+}
+
+#[derive(Debug, Default)]
+struct LayerBuffers {
     normed: Vec<f32>,
     activated: Vec<f32>,
     inner: Vec<f32>,
@@ -23,6 +46,13 @@ struct Buffers {
     keys: Vec<f32>,
     values: Vec<f32>,
     qkv: Vec<f32>,
+}
+
+#[derive(Debug, Default)]
+struct SinkBuffers {
+    /// Takes the gradients of vectors that are not trained.
+    unused: Vec<f32>,
+    packed: Packed,
 }
 
 /// What is to be predicted from the hidden states of some rows.
@@ -51,20 +81,24 @@ impl Decoder {
         gradients: &mut [f32],
         workspace: &mut Workspace,
     ) {
-        let mut grad_x = vec![0.0; tape.residual.len()];
-        let mut sink =
-            Sink { decoder: self, gradients, unused: Vec::new(), packed: self.weights.head.passing() };
-        self.head_backward(tape, targets, gradient, &mut grad_x, &mut sink);
-        let (mut buffers, mut again) = (Buffers::default(), LayerTape::default());
+        let mut buffers = take(&mut workspace.backward);
+        let BackwardBuffers { x: grad_x, again, head, layer: layer_buffers, sink } = &mut buffers;
+        sink.packed.set_passing(self.products());
+        let mut sink = Sink { decoder: self, gradients, buffers: sink };
+        grad_x.clear();
+        grad_x.resize(tape.residual.len(), 0.0);
+        self.head_backward(tape, targets, gradient, grad_x, &mut sink, head);
+        // The cache holds the keys and values of layers that are computed again.
+        workspace.places.clear();
         for layer in (0..self.config().layers).rev() {
             let saved = if tape.recompute {
                 workspace.x.clone_from(&tape.layers[layer].input);
-                self.layer(layer, &tape.tiles, &[], cache, workspace, Some(&mut again));
-                &again
+                self.layer(layer, &tape.tiles, cache, workspace, Some(again));
+                &*again
             } else {
                 &tape.layers[layer]
             };
-            self.layer_backward(layer, tape, saved, cache, &mut grad_x, &mut sink, &mut buffers);
+            self.layer_backward(layer, tape, saved, cache, grad_x, &mut sink, layer_buffers);
         }
         let hidden = self.config().hidden_size;
         if let Some(embedding) = sink.entries(&self.layout().embedding) {
@@ -72,6 +106,7 @@ impl Decoder {
                 add(&mut embedding[*id as usize * hidden..][..hidden], grad);
             }
         }
+        workspace.backward = buffers;
         let pairs: usize = tape.tiles.iter().map(Tile::pairs).sum();
         // Twice the forward pass for the gradients of inputs and weights; the head's forward pass
         // is part of this one.
@@ -87,27 +122,31 @@ impl Decoder {
         gradient: impl FnMut(usize, &TokenScore) -> TokenGradient,
         grad_x: &mut [f32],
         sink: &mut Sink,
+        buffers: &mut HeadBuffers,
     ) {
-        let hidden = self.config().hidden_size;
-        let Targets { rows, tokens, inverse_temperature } = *targets;
-        let (states, scales) = self.final_norm(&tape.residual, rows);
-        let mut grad_states = vec![0.0; states.len()];
-        let grad_weight = sink.entries(&self.layout().head);
-        let head = &self.weights.head;
-        head::score_and_backward(
-            head,
-            &states,
-            tokens,
-            inverse_temperature,
-            gradient,
-            &mut grad_states,
-            grad_weight,
-        );
+        let (hidden, rows) = (self.config().hidden_size, targets.rows);
+        let HeadBuffers { inputs, scales, states, grad_states, grad_inputs, chunk } = buffers;
+        let inputs = sized(inputs, rows.len() * hidden);
+        for_each_row(inputs, hidden, |at, row| {
+            row.copy_from_slice(&tape.residual[rows[at] * hidden..][..hidden])
+        });
+        let (scales, states) = (sized(scales, rows.len()), sized(states, inputs.len()));
         let weight = &self.weights.final_norm;
+        norm::forward_rows(inputs, weight, self.config().norm_epsilon, states, scales);
+        let (grad_states, grad_inputs) = (sized(grad_states, inputs.len()), sized(grad_inputs, inputs.len()));
+        grad_states.fill(0.0);
+        grad_inputs.fill(0.0);
+        let scored = head::Scored {
+            hidden: states,
+            targets: targets.tokens,
+            inverse_temperature: targets.inverse_temperature,
+        };
+        let grad_weight = sink.entries(&self.layout().head);
+        head::score_and_backward(&self.weights.head, &scored, gradient, grad_states, grad_weight, chunk);
         let grad_norm = sink.vector(&self.layout().final_norm);
-        for ((row, scale), grad) in rows.iter().zip(scales).zip(grad_states.chunks_exact(hidden)) {
-            let span = row * hidden..(row + 1) * hidden;
-            norm::backward(&tape.residual[span.clone()], weight, scale, grad, &mut grad_x[span], grad_norm);
+        norm::backward_rows(inputs, weight, scales, grad_states, grad_inputs, grad_norm);
+        for (row, grad) in rows.iter().zip(grad_inputs.chunks_exact(hidden)) {
+            add(&mut grad_x[row * hidden..][..hidden], grad);
         }
     }
 
@@ -119,7 +158,7 @@ impl Decoder {
         cache: &KvCache,
         grad_x: &mut [f32],
         sink: &mut Sink,
-        buffers: &mut Buffers,
+        buffers: &mut LayerBuffers,
     ) {
         let at = &self.layout().layers[layer];
         self.feed_forward_backward(layer, saved, at, grad_x, sink, buffers);
@@ -130,8 +169,7 @@ impl Decoder {
         matmul_transposed(grad_x, rows, &weights[Matrix::Output], grad_attended, false);
         sink.matrix(layer, Matrix::Output, grad_x, &saved.attended);
         if config.output_bias() {
-            let bias = sink.vector(&at.output_bias);
-            grad_x.chunks_exact(config.hidden_size).for_each(|row| add(bias, row));
+            add_rows(sink.vector(&at.output_bias), grad_x);
         }
         self.attention_backward(layer, tape, saved, cache, buffers);
         self.unturn(layer, saved, &tape.positions, sink, buffers);
@@ -142,7 +180,7 @@ impl Decoder {
         matmul_transposed(&buffers.qkv, rows, &weights[Matrix::Qkv], grad_normed, false);
         let grad_weight = sink.vector(&at.input_norm);
         let weight = &weights[Vector::InputNorm];
-        self.norm_backward(&saved.input, weight, &saved.input_scales, grad_normed, grad_x, grad_weight);
+        norm::backward_rows(&saved.input, weight, &saved.input_scales, grad_normed, grad_x, grad_weight);
     }
 
     fn feed_forward_backward(
@@ -152,7 +190,7 @@ impl Decoder {
         at: &LayerLayout,
         grad_x: &mut [f32],
         sink: &mut Sink,
-        buffers: &mut Buffers,
+        buffers: &mut LayerBuffers,
     ) {
         let (hidden, inner) = (self.config().hidden_size, self.config().intermediate_size);
         let (rows, weights) = (grad_x.len() / hidden, &self.weights.layers[layer]);
@@ -179,7 +217,7 @@ impl Decoder {
         matmul_transposed(&buffers.inner, rows, &weights[Matrix::GateUp], grad_normed, false);
         let grad_weight = sink.vector(&at.post_norm);
         let weight = &weights[Vector::PostNorm];
-        self.norm_backward(&saved.middle, weight, &saved.middle_scales, grad_normed, grad_x, grad_weight);
+        norm::backward_rows(&saved.middle, weight, &saved.middle_scales, grad_normed, grad_x, grad_weight);
     }
 
     /// Gradients of rotated queries and keys and of values, as rows like those of the forward pass.
@@ -189,7 +227,7 @@ impl Decoder {
         tape: &Tape,
         saved: &LayerTape,
         cache: &KvCache,
-        buffers: &mut Buffers,
+        buffers: &mut LayerBuffers,
     ) {
         let config = self.config();
         let geometry = config.geometry();
@@ -232,7 +270,7 @@ impl Decoder {
         saved: &LayerTape,
         positions: &[usize],
         sink: &mut Sink,
-        buffers: &mut Buffers,
+        buffers: &mut LayerBuffers,
     ) {
         let config = self.config();
         let (weights, at) = (&self.weights.layers[layer], &self.layout().layers[layer]);
@@ -259,8 +297,7 @@ impl Decoder {
             }
         }
         if config.attention_bias {
-            let bias = sink.vector(&at.qkv_bias);
-            buffers.qkv.chunks_exact(width).for_each(|row| add(bias, row));
+            add_rows(sink.vector(&at.qkv_bias), &buffers.qkv);
         }
     }
 
@@ -270,32 +307,13 @@ impl Decoder {
             norm::replay(&x[row * hidden..][..hidden], weight, scales[row], out);
         });
     }
-
-    fn norm_backward(
-        &self,
-        x: &[f32],
-        weight: &[f32],
-        scales: &[f32],
-        grad_normed: &[f32],
-        grad_x: &mut [f32],
-        grad_weight: &mut [f32],
-    ) {
-        let hidden = self.config().hidden_size;
-        for (row, scale) in scales.iter().enumerate() {
-            let span = row * hidden..(row + 1) * hidden;
-            let (grad, out) = (&grad_normed[span.clone()], &mut grad_x[span.clone()]);
-            norm::backward(&x[span], weight, *scale, grad, out, grad_weight);
-        }
-    }
 }
 
 /// Where gradients go: to all parameters, or to those of the adapter alone.
 struct Sink<'a> {
     decoder: &'a Decoder,
     gradients: &'a mut [f32],
-    /// Takes the gradients of vectors that are not trained.
-    unused: Vec<f32>,
-    packed: Packed,
+    buffers: &'a mut SinkBuffers,
 }
 
 impl Sink<'_> {
@@ -304,8 +322,7 @@ impl Sink<'_> {
         if self.decoder.adapter.is_none() {
             return &mut self.gradients[range.clone()];
         }
-        self.unused.resize(range.len(), 0.0);
-        &mut self.unused
+        sized(&mut self.buffers.unused, range.len())
     }
 
     /// The gradient of the embedding or the head, if it is trained.
@@ -327,8 +344,9 @@ impl Sink<'_> {
             Matrix::GateUp => &at.gate_up,
             Matrix::Down => &at.down,
         };
-        self.packed.pack(input, input.len() / inputs, inputs, inputs);
+        let packed = &mut self.buffers.packed;
+        packed.pack(input, input.len() / inputs, inputs, inputs);
         let left = Left::transposed(grad_out, outputs);
-        matmul(left, outputs, &self.packed, &mut self.gradients[range.clone()], true);
+        matmul(left, outputs, packed, &mut self.gradients[range.clone()], true);
     }
 }

@@ -1,6 +1,7 @@
 //! Keys and values in pages of sixteen positions, held by the nodes of a prefix tree.
 
 use crate::kernels::attention::{Extent, Geometry, PAGE, Pages, Piece, Tile};
+use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -29,6 +30,28 @@ struct Node {
     prefix: Arc<[Extent]>,
     /// This node's `prefix` and extents, for its children; built when the first child comes.
     path: Option<Arc<[Extent]>>,
+}
+
+impl Node {
+    /// Page and lane of a position.
+    fn locate(&self, at: usize) -> Option<(usize, usize)> {
+        let mut left = at;
+        for extent in &self.extents {
+            if left < extent.length {
+                return Some((extent.page + left / PAGE, left % PAGE));
+            }
+            left -= extent.length;
+        }
+        None
+    }
+}
+
+/// Where the keys and values of a row go.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    row: usize,
+    page: usize,
+    lane: usize,
 }
 
 /// Paged keys and values of every layer, with the tree of segments that they belong to.
@@ -195,43 +218,44 @@ impl KvCache {
         tiles
     }
 
-    /// Writes one position's keys and values (`kv_heads x head_dim` each).
+    /// Where the keys and values of a batch's rows go.
+    pub(super) fn places(&self, extensions: &[Extension]) -> Vec<Place> {
+        let of = |extension: &Extension| {
+            let node = &self.nodes[extension.node.0];
+            let first = node.length - extension.rows.len();
+            extension.rows.clone().zip(first..).filter_map(|(row, at)| {
+                let (page, lane) = node.locate(at)?;
+                Some(Place { row, page, lane })
+            })
+        };
+        extensions.iter().flat_map(of).collect()
+    }
+
+    /// Writes the keys and values of rows, which start `offset` elements into rows of `width` elements.
     pub(super) fn write(
         &mut self,
         layer: usize,
-        NodeId(node): NodeId,
-        at: usize,
-        keys: &[f32],
-        values: &[f32],
+        places: &[Place],
+        rows: &[f32],
+        width: usize,
+        offset: usize,
     ) {
-        let Some((page, lane)) = self.locate(node, at) else { return };
         let (dim, padded) = (self.geometry.head_dim, self.geometry.padded());
         let (key_page, value_page) = (self.geometry.key_page(), self.geometry.value_page());
-        for head in 0..self.geometry.kv_heads {
-            let target = &mut self.keys[layer][head][page * key_page..][..key_page];
-            for (element, key) in keys[head * dim..][..dim].iter().enumerate() {
-                target[element * PAGE + lane] = *key;
+        let kv_heads = self.geometry.kv_heads;
+        let buffers = self.keys[layer].par_iter_mut().zip(self.values[layer].par_iter_mut());
+        buffers.enumerate().for_each(|(head, (keys, values))| {
+            for Place { row, page, lane } in places {
+                let row = &rows[row * width + offset..(row + 1) * width];
+                let target = &mut keys[page * key_page..][..key_page];
+                for (element, key) in row[head * dim..][..dim].iter().enumerate() {
+                    target[element * PAGE + lane] = *key;
+                }
+                let target = &mut values[page * value_page + lane * padded..][..padded];
+                target[..dim].copy_from_slice(&row[(kv_heads + head) * dim..][..dim]);
+                target[dim..].fill(0.0);
             }
-            let target = &mut self.values[layer][head][page * value_page + lane * padded..][..padded];
-            target[..dim].copy_from_slice(&values[head * dim..][..dim]);
-            target[dim..].fill(0.0);
-        }
-    }
-
-    fn locate(&self, node: usize, at: usize) -> Option<(usize, usize)> {
-        let mut left = at;
-        for extent in &self.nodes[node].extents {
-            if left < extent.length {
-                return Some((extent.page + left / PAGE, left % PAGE));
-            }
-            left -= extent.length;
-        }
-        None
-    }
-
-    /// Offset within its node of an extension's first row.
-    pub(super) fn first_offset(&self, extension: &Extension) -> usize {
-        self.nodes[extension.node.0].length - extension.rows.len()
+        });
     }
 
     pub(super) fn layer(&self, layer: usize) -> Pages<'_> {

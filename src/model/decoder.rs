@@ -1,5 +1,7 @@
 //! The forward pass that rollout and training share.
 
+use super::backward::BackwardBuffers;
+use super::cache::Place;
 use super::layout::{Matrix, Vector};
 use super::lora::Adapter;
 use super::weights::{LayerWeights, Weights};
@@ -12,6 +14,7 @@ use crate::kernels::parallel::for_each_row;
 use crate::kernels::rotary::RotaryTable;
 use crate::kernels::{norm, swiglu};
 use rayon::prelude::*;
+use std::mem::swap;
 
 /// A decoder: its weights, packed for the matrix products, and nothing twice.
 #[derive(Clone, Debug)]
@@ -34,6 +37,8 @@ pub struct Workspace {
     pub(super) gate_up: Vec<f32>,
     pub(super) activated: Vec<f32>,
     pub(super) positions: Vec<usize>,
+    pub(super) places: Vec<Place>,
+    pub(super) backward: BackwardBuffers,
     /// Floating-point operations done so far, counted from shapes.
     pub flops: u64,
 }
@@ -203,10 +208,11 @@ impl Decoder {
         let hidden = self.config.hidden_size;
         let tiles = cache.tiles(extensions);
         set_positions(&mut workspace.positions, ids.len(), extensions, cache);
+        workspace.places = cache.places(extensions);
         let embedding = self.weights.embedding();
-        for (x, id) in sized(&mut workspace.x, ids.len() * hidden).chunks_exact_mut(hidden).zip(ids) {
-            embedding.row(*id as usize, x);
-        }
+        for_each_row(sized(&mut workspace.x, ids.len() * hidden), hidden, |row, x| {
+            embedding.row(ids[row] as usize, x);
+        });
         for layer in 0..self.config.layers {
             let layer_tape = tape.as_deref_mut().map(|tape| {
                 tape.layers.resize_with(self.config.layers, LayerTape::default);
@@ -219,7 +225,7 @@ impl Decoder {
                 }
                 other => other.map(|(_, layer_tape)| layer_tape),
             };
-            self.layer(layer, &tiles, extensions, cache, workspace, whole);
+            self.layer(layer, &tiles, cache, workspace, whole);
         }
         let pairs: usize = tiles.iter().map(Tile::pairs).sum();
         workspace.flops += self.layer_flops(ids.len(), pairs);
@@ -246,12 +252,11 @@ impl Decoder {
         }
     }
 
-    /// One layer on `workspace.x`; keys and values of `extensions` go to the cache.
+    /// One layer on `workspace.x`; keys and values go to `workspace.places` of the cache.
     pub(super) fn layer(
         &self,
         layer: usize,
         tiles: &[Tile],
-        extensions: &[Extension],
         cache: &mut KvCache,
         workspace: &mut Workspace,
         mut tape: Option<&mut LayerTape>,
@@ -270,21 +275,21 @@ impl Decoder {
         let qkv = sized(&mut workspace.qkv, rows * width);
         matmul(Left::rows(&workspace.normed, self.config.hidden_size), rows, &at[Matrix::Qkv], qkv, false);
         self.finish_qkv(at, workspace, tape.as_deref_mut());
-        self.write_cache(layer, extensions, cache, &workspace.qkv);
+        let queries = self.config.heads * self.config.head_dim;
+        cache.write(layer, &workspace.places, &workspace.qkv, width, queries);
         let attended = sized(&mut workspace.attended, rows * self.config.heads * self.config.head_dim);
         let log_sums = sized(&mut workspace.log_sums, rows * self.config.heads);
         let pages = cache.layer(layer);
         attention::forward(self.config.geometry(), tiles, pages, &workspace.qkv, width, attended, log_sums);
-        let queries = self.config.heads * self.config.head_dim;
         matmul(Left::rows(attended, queries), rows, &at[Matrix::Output], &mut workspace.x, true);
         if self.config.output_bias() {
             let bias = &at[Vector::OutputBias];
             for_each_row(&mut workspace.x, self.config.hidden_size, |_, row| add(row, bias));
         }
         if let Some(tape) = tape.as_deref_mut() {
-            copy_to(&mut tape.qkv, &workspace.qkv);
-            copy_to(&mut tape.attended, &workspace.attended);
-            copy_to(&mut tape.log_sums, &workspace.log_sums);
+            swap(&mut tape.qkv, &mut workspace.qkv);
+            swap(&mut tape.attended, &mut workspace.attended);
+            swap(&mut tape.log_sums, &mut workspace.log_sums);
             copy_to(&mut tape.middle, &workspace.x);
         }
         self.feed_forward(at, workspace, tape);
@@ -302,7 +307,7 @@ impl Decoder {
             swiglu::forward(&gate_up[row * 2 * inner..][..2 * inner], out);
         });
         if let Some(tape) = tape {
-            copy_to(&mut tape.gate_up, gate_up);
+            swap(&mut tape.gate_up, &mut workspace.gate_up);
         }
         matmul(Left::rows(&workspace.activated, inner), rows, &at[Matrix::Down], &mut workspace.x, true);
     }
@@ -321,12 +326,7 @@ impl Decoder {
             None => for_each_row(out, hidden, |row, out| {
                 norm::forward(&x[row * hidden..][..hidden], weight, epsilon, out);
             }),
-            Some(scales) => {
-                scales.clear();
-                for (x, out) in x.chunks_exact(hidden).zip(out.chunks_exact_mut(hidden)) {
-                    scales.push(norm::forward(x, weight, epsilon, out));
-                }
-            }
+            Some(scales) => norm::forward_rows(x, weight, epsilon, out, sized(scales, x.len() / hidden)),
         }
     }
 
@@ -356,38 +356,15 @@ impl Decoder {
         });
     }
 
-    fn write_cache(&self, layer: usize, extensions: &[Extension], cache: &mut KvCache, qkv: &[f32]) {
-        let dim = self.config.head_dim;
-        let (queries, keys) = (self.config.heads * dim, self.config.kv_heads * dim);
-        let width = self.config.qkv_width();
-        for extension in extensions {
-            let first = cache.first_offset(extension);
-            for (at, row) in extension.rows.clone().enumerate() {
-                let row = &qkv[row * width..][..width];
-                let (keys, values) = row[queries..].split_at(keys);
-                cache.write(layer, extension.node, first + at, keys, values);
-            }
-        }
-    }
-
     /// Normalised hidden states of some rows of the last forward pass, `[rows.len(), hidden]`.
     pub fn hidden(&self, workspace: &Workspace, rows: &[usize]) -> Vec<f32> {
-        self.final_norm(&workspace.x, rows).0
-    }
-
-    /// Final norm of some rows of a residual stream, with the factors for the backward pass.
-    pub(super) fn final_norm(&self, residual: &[f32], rows: &[usize]) -> (Vec<f32>, Vec<f32>) {
         let hidden = self.config.hidden_size;
-        let weight = &self.weights.final_norm;
+        let (weight, epsilon) = (&self.weights.final_norm, self.config.norm_epsilon);
         let mut out = vec![0.0; rows.len() * hidden];
-        let scales = rows
-            .iter()
-            .zip(out.chunks_exact_mut(hidden))
-            .map(|(row, out)| {
-                norm::forward(&residual[row * hidden..][..hidden], weight, self.config.norm_epsilon, out)
-            })
-            .collect();
-        (out, scales)
+        for_each_row(&mut out, hidden, |at, out| {
+            norm::forward(&workspace.x[rows[at] * hidden..][..hidden], weight, epsilon, out);
+        });
+        out
     }
 
     /// Logits `[rows, vocabulary]` of normalised hidden states; the caller bounds the rows.
