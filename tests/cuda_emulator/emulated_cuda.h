@@ -19,7 +19,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __constant__ static
 #define __grid_constant__
@@ -61,11 +60,13 @@ struct alignas(16) uint4 {
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-extern __thread uint3 threadIdx, blockIdx;
-extern __thread uint3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
 // --------------------------------------------------------------------------------------------- what the runtime does
+
+#pragma GCC visibility push(default)
+
+extern __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulated {
 
@@ -92,6 +93,8 @@ void close_group();
 void wait_for_groups(int pending);
 
 } // namespace emulated
+
+#pragma GCC visibility pop
 
 #define EMULATED_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define EMULATED_HERE                                                                                                    \
