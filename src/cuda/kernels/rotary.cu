@@ -81,6 +81,7 @@ __device__ __forceinline__ void rotary_forward(Shape shape, const T* in, const T
                                                const T* key_weight, float epsilon, const float* angles,
                                                const int* positions, const int* slots, T* out, T* key_pages,
                                                T* value_pages, int rows) {
+    if (in == nullptr) in = out;
     const int group = shape.group(), dim = shape.head_dim;
     const unsigned unit = blockIdx.x * unsigned(THREADS / group) + threadIdx.x / group, units = shape.units();
     Place place{int(unit / units), int(unit % units), int(threadIdx.x % group) * WIDTH, dim / 2, false};
@@ -119,7 +120,7 @@ __device__ __forceinline__ void rotary_forward(Shape shape, const T* in, const T
 
 // out = in + bias, then for queries and keys the norm per head, then the rotation by angles[positions[row]]; keys and
 // values also go to the pages [page, kv_heads, 16, head_dim] at slots[row] = page * 16 + lane, where that is not negative.
-// angles[position] holds head_dim / 2 cosines and as many sines. out may be in. May be null: bias; query_weight and
+// angles[position] holds head_dim / 2 cosines and as many sines. May be null: in (then it is out); bias; query_weight and
 // key_weight (both); slots (then the pages too).
 // Launch: grid (ceil(rows * (heads + 2 kv_heads) / (256 / lanes))) with lanes = head_dim / 8 raised to a power of two,
 // block (256).
@@ -178,6 +179,7 @@ __device__ __forceinline__ void rotary_backward(Shape shape, const G* grad_out, 
                                                 const T* query_weight, const T* key_weight, float epsilon,
                                                 const float* angles, const int* positions, T* grad, float* partial,
                                                 int rows) {
+    if (grad_out == nullptr) grad_out = reinterpret_cast<const G*>(grad);
     const int group = shape.group(), groups = THREADS / group, dim = shape.head_dim, units = shape.units();
     const int first = blockIdx.x * ROWS, count = min(ROWS, rows - first) * units;
     Place place{0, 0, int(threadIdx.x % group) * WIDTH, dim / 2, false};
@@ -217,10 +219,10 @@ __device__ __forceinline__ void rotary_backward(Shape shape, const G* grad_out, 
     if (query_weight != nullptr) add_groups(grad_weights, place, group, dim, partial + size_t(blockIdx.x) * 2 * dim);
 }
 
-// grad = the gradient of rotary_forward's `in` from that of its `out`; grad may be grad_out where they have one type.
-// `before` is `in`, needed with q/k norm; then partial[block, 2 head_dim] receives the block's gradients of query_weight
-// and key_weight, for add_partial_sums. The bias's gradient is that of `in` summed over rows (column_sums).
-// May be null: bias; query_weight, key_weight, before and partial (all).
+// grad = the gradient of rotary_forward's `in` from that of its `out`. With q/k norm `before` is that `in`, and
+// partial[block, 2 head_dim] receives the block's gradients of query_weight and key_weight, for add_partial_sums. The
+// bias's gradient is grad summed over rows (column_sums). May be null: grad_out (then it is grad, where they have one
+// type); bias; query_weight, key_weight, before and partial (all).
 // Launch: grid (ceil(rows / 16)), block (256).
 #define ROTARY_BACKWARD(NAME, G, T)                                                                                      \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                \

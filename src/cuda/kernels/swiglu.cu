@@ -29,10 +29,10 @@ __device__ __forceinline__ void swiglu_forward(const T* __restrict__ gate_up, T*
 SWIGLU_FORWARD(swiglu_forward_f32, float)
 SWIGLU_FORWARD(swiglu_forward_bf16, bf16)
 
-// `grad` may be `gate_up`: each thread has read its elements before it writes them.
 template <typename T>
 __device__ __forceinline__ void swiglu_backward(const T* gate_up, const T* grad_out, T* grad, T* activated, int inner) {
     constexpr int WIDTH = PACK<T>;
+    if (gate_up == nullptr) gate_up = grad;
     const size_t row = blockIdx.x;
     const int at = (blockIdx.y * THREADS + threadIdx.x) * WIDTH;
     const bool whole = whole_vectors<WIDTH>(inner, inner, gate_up, grad_out, grad, activated);
@@ -53,8 +53,8 @@ __device__ __forceinline__ void swiglu_backward(const T* gate_up, const T* grad_
     store(grad + row * 2 * inner + inner, at, inner, whole, ups);
 }
 
-// grad[rows, 2 inner] from gate_up[rows, 2 inner] and grad_out[rows, inner]; grad may be gate_up. Where activated is not
-// null it receives the forward pass's output once more.
+// grad[rows, 2 inner] from gate_up[rows, 2 inner] and grad_out[rows, inner]; where gate_up is null, grad holds it. Where
+// activated is not null it receives the forward pass's output once more.
 // Launch: grid (rows, ceil(inner / (256 elements of 16 bytes))), block (256).
 #define SWIGLU_BACKWARD(NAME, T)                                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
