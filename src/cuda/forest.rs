@@ -144,8 +144,7 @@ impl PackedForest {
     }
 }
 
-/// Up to 64 keys in consecutive rows, each a descendant of the one before, as the kernels read them.
-#[repr(C, align(16))]
+/// Up to 64 keys in consecutive rows, each a descendant of the one before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KeyTile {
     /// First packed row.
@@ -160,6 +159,14 @@ pub struct KeyTile {
     pub last_until: u32,
 }
 
+impl KeyTile {
+    /// As the kernels read it.
+    pub fn words(self) -> [u32; 4] {
+        let both = u32::from(self.keys) | u32::from(self.begins_partial) << 16;
+        [self.row, both, self.until, self.last_until]
+    }
+}
+
 /// What a plan is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Planning {
@@ -171,8 +178,7 @@ pub struct Planning {
     pub batch_invariant: bool,
 }
 
-/// Query tiles that read one key tile, or a part of them, as the kernels read it.
-#[repr(C, align(16))]
+/// Query tiles that read one key tile, or a part of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Part {
     /// The key tile.
@@ -185,8 +191,14 @@ pub struct Part {
     pub slot: u32,
 }
 
-/// The partial sums of one key tile, in the order in which they are added, as the kernels read it.
-#[repr(C, align(16))]
+impl Part {
+    /// As the kernels read it.
+    pub fn words(self) -> [u32; 4] {
+        [self.tile, self.first_query_tile, self.query_tiles, self.slot]
+    }
+}
+
+/// The partial sums of one key tile, in the order in which they are added.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sum {
     /// The key tile.
@@ -195,14 +207,19 @@ pub struct Sum {
     pub first_slot: u32,
     /// How many.
     pub slots: u32,
-    /// Makes 16 bytes of it.
-    pub unused: u32,
+}
+
+impl Sum {
+    /// As the kernels read it.
+    pub fn words(self) -> [u32; 4] {
+        [self.tile, self.first_slot, self.slots, 0]
+    }
 }
 
 /// Everything that attention over one forest needs, forward and backward.
 ///
 /// Rows of the prefix count as keys alone: earlier launches have computed them. Query tile t holds the
-/// rows 64 t .. 64 t + 64 behind the prefix. The tables go to the device as they are.
+/// rows 64 t .. 64 t + 64 behind the prefix.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ForestPlan {
     /// Where rows lie.
@@ -323,7 +340,7 @@ impl ForestPlan {
             }
             if count > 1 {
                 let (tile, first_slot) = (number as u32, self.slots as u32);
-                self.sums.push(Sum { tile, first_slot, slots: count as u32, unused: 0 });
+                self.sums.push(Sum { tile, first_slot, slots: count as u32 });
                 self.slots += count;
             }
         }

@@ -92,8 +92,9 @@ __device__ __forceinline__ void forest_attention(const T* queries, unsigned quer
 // out: [rows, heads, head_dim]; log_sums: [heads, 64 x query tiles], ln of the sum of e^(scaled score).
 // `_invariant` makes a partial result from each tile that begins one to the next, and adds them in order of the path, as
 // decoding does: with tiles of one segment and partial results of 512 keys both have the same bits. head_dim: a multiple of 16, at most the number in the name.
-// grid (query tiles, heads, 2 if the name's head_dim is 256, else 1), block 128; shared memory:
-// 64 x (2 (D + p) + C + p) elements, where p = 16 bytes and C = min(D, 128), and 16384 bytes more for f32.
+// grid (query tiles, heads, 2 if the name's head_dim D is 256, else 1), block 128; shared memory: 64 (2 (D + p) + C + p)
+// elements, where p = 16 bytes and C = min(D, 128), and 16384 bytes for f32; `_invariant` 256 C bytes more, for f32 with C
+// rounded up to 32
 #define FOREST_ATTENTION(NAME, T, D, PARTIALS)                                                                          \
     extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)                                                     \
         NAME(const T* queries, unsigned query_stride, const T* keys, const T* values, unsigned key_stride,              \

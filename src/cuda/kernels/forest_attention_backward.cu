@@ -221,7 +221,7 @@ __device__ __forceinline__ void key_gradients(const T* queries, unsigned query_s
 // added; carried: [rows, 2, kv_heads, head_dim] or null, what other launches had summed up for rows of this one.
 // partial_sums: [slots, kv_heads, 2, 64, head_dim], for the parts that have a slot.
 // grid (parts, kv_heads, 2 if the name's head_dim is 256, else 1), block 128; shared memory: (128 + 64 n) (D + p)
-// elements and 512 bytes x n with n = 2 stages (1 for 256_f32), p = 16 bytes; 8192 bytes more for f32.
+// elements and 256 n bytes with n = 2 stages (1 for 256_f32), p = 16 bytes; 8192 bytes more for f32.
 #define KEY_GRADIENTS(NAME, T, D)                                                                                       \
     extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)                                                     \
         NAME(const T* queries, unsigned query_stride, const T* keys, const T* values, unsigned key_stride,              \
