@@ -29,6 +29,7 @@ constexpr int SHARED_WITHOUT_CONSENT = 48 << 10;
 constexpr int SHARED_WITH_CONSENT = 227 << 10;
 constexpr unsigned char RED = 0xa5;
 constexpr size_t RED_BYTES = 64;
+constexpr size_t FRESH_BYTES = 64 << 20;
 
 struct Allocation {
     unsigned char* mapping;
@@ -175,7 +176,7 @@ CUresult allocate(CUdeviceptr* pointer, size_t bytes) {
     // It ends where the guard page begins; fresh memory is not zero but not-a-number.
     unsigned char* data = start + mapped - page - rounded;
     memset(start + page, RED, data - start - page);
-    memset(data, 0xff, bytes);
+    memset(data, 0xff, bytes < FRESH_BYTES ? bytes : FRESH_BYTES);
     memset(data + bytes, RED, rounded - bytes);
     mprotect(start, page, PROT_NONE);
     mprotect(start + mapped - page, page, PROT_NONE);
@@ -461,6 +462,10 @@ EXPORTED CUresult cuDeviceGetDefaultMemPool(CUmemoryPool* pool, CUdevice) {
     return CUDA_SUCCESS;
 }
 EXPORTED CUresult cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute, void*) { return CUDA_SUCCESS; }
+EXPORTED CUresult cuMemPoolGetAttribute(CUmemoryPool, CUmemPool_attribute, void* value) {
+    memset(value, 0, sizeof(cuuint64_t));
+    return CUDA_SUCCESS;
+}
 EXPORTED CUresult cuMemPoolTrimTo(CUmemoryPool, size_t) { return CUDA_SUCCESS; }
 
 EXPORTED CUresult cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {

@@ -4,7 +4,6 @@
 #include "runtime.h"
 
 #include <algorithm>
-#include <csetjmp>
 #include <csignal>
 #include <cstdarg>
 #include <cstdlib>
@@ -151,12 +150,11 @@ struct Block {
 // What a host thread needs to run launches; built once for each.
 struct Machine {
     Mapping shared{SHARED_BYTES + 2 * page()};
-    Mapping signal_stack{64 << 10};
+    Mapping signal_stack{256 << 10};
     std::vector<std::unique_ptr<Mapping>> stacks;
     Context scheduler;
     Block block;
     Outcome outcome = Outcome::Finished;
-    bool active = false;
 
     Machine() {
         mprotect(shared.start, page(), PROT_NONE);
@@ -270,7 +268,7 @@ void on_fault(int signal, siginfo_t* info, void* context) {
     end_launch(Outcome::IllegalAddress);
 }
 
-void catch_signals(Machine& own) {
+void catch_signals() {
     static std::once_flag once;
     std::call_once(once, [] {
         struct sigaction action = {};
@@ -280,14 +278,21 @@ void catch_signals(Machine& own) {
         sigaction(SIGBUS, &action, &previous_bus);
         sigaction(SIGILL, &action, &previous_ill);
     });
-    stack_t current = {};
-    sigaltstack(nullptr, &current);
-    if ((current.ss_flags & SS_DISABLE) == 0) return;
-    stack_t stack = {};
-    stack.ss_sp = own.signal_stack.start;
-    stack.ss_size = own.signal_stack.bytes;
-    sigaltstack(&stack, nullptr);
 }
+
+// A stack for the handler that has room for printing, for as long as it lives.
+struct SignalStack {
+    stack_t previous = {};
+
+    explicit SignalStack(Mapping& memory) {
+        stack_t own = {};
+        own.ss_sp = memory.start;
+        own.ss_size = memory.bytes;
+        sigaltstack(&own, &previous);
+    }
+    SignalStack(const SignalStack&) = delete;
+    ~SignalStack() { sigaltstack(&previous, nullptr); }
+};
 
 // ------------------------------------------------------------------------------------------------------- scheduling
 
@@ -428,7 +433,8 @@ const KernelEntry* find_kernel(const std::string& name) {
 
 Outcome run(const KernelEntry& kernel, dim3 grid, dim3 block, unsigned shared_bytes, const unsigned char* const* parameters) {
     Machine& own = machine();
-    catch_signals(own);
+    catch_signals();
+    const SignalStack stack(own.signal_stack);
     own.block.kernel = &kernel;
     own.block.parameters = parameters;
     own.outcome = Outcome::Finished;
