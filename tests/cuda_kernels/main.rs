@@ -13,6 +13,5 @@ mod sampling;
 mod support;
 mod swiglu;
 
-#[allow(unreachable_pub, reason = "it is a module of other tests too")]
 #[path = "../cuda_emulator/mod.rs"]
 mod cuda_emulator;

@@ -37,7 +37,7 @@ impl<'a> Batch<'a> {
         let rows = self.replies.len();
         let (logits, replies) = (gpu.floats(self.logits), gpu.ints(&self.replies));
         let sources = self.sources.as_ref().map(|sources| gpu.ints(sources));
-        let keys: Vec<u64> = self.streams.iter().map(key_of).collect();
+        let keys: Vec<u64> = self.streams.iter().copied().map(key_of).collect();
         let (keys, lengths) = (gpu.longs(&keys), gpu.ints(&self.lengths));
         let finishes = gpu.ints(&self.finishes);
         let tokens = gpu.words(&vec![u32::MAX; rows]);
@@ -102,7 +102,7 @@ impl<'a> Batch<'a> {
 }
 
 /// The key of a stream, which its debugging output alone shows.
-fn key_of(stream: &Stream) -> u64 {
+fn key_of(stream: Stream) -> u64 {
     format!("{stream:?}").chars().filter(char::is_ascii_digit).collect::<String>().parse().unwrap()
 }
 

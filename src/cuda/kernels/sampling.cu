@@ -26,6 +26,8 @@ __device__ constexpr int DIGIT_BITS[LEVELS] = {8, 8, 8, 7, 8, 8, 8};
 constexpr int COPIES = 4;
 // Tokens that are looked at without going through the whole row again.
 constexpr int CAPACITY = 2048;
+// Logits that a thread has under way at once.
+constexpr int AHEAD = 4;
 
 struct Bin {
     unsigned count;
@@ -62,8 +64,8 @@ struct Row {
         const float exponent = (logit - largest) * inverse_temperature;
         return exponent >= -87.3f ? expf(exponent) : 0.0f;
     }
-    __device__ __forceinline__ Key key(int id) const {
-        return Key(__float_as_uint(weight(logits[id]))) << ID_BITS | (LAST_ID - Key(id));
+    __device__ __forceinline__ Key key(float logit, int id) const {
+        return Key(__float_as_uint(weight(logit))) << ID_BITS | (LAST_ID - Key(id));
     }
 };
 
@@ -75,9 +77,20 @@ template <typename Visit>
 __device__ __forceinline__ void for_each(const Row& row, const Scratch& scratch, int gathered, Visit visit) {
     if (gathered >= 0) {
         for (int at = threadIdx.x; at < gathered; at += THREADS) visit(scratch.gathered[at]);
-    } else {
-#pragma unroll 4
-        for (int id = threadIdx.x; id < row.vocabulary; id += THREADS) visit(row.key(id));
+        return;
+    }
+    for (int first = threadIdx.x; first < row.vocabulary; first += AHEAD * THREADS) {
+        float logits[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int id = first + i * THREADS;
+            logits[i] = id < row.vocabulary ? row.logits[id] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int id = first + i * THREADS;
+            if (id < row.vocabulary) visit(row.key(logits[i], id));
+        }
     }
 }
 
@@ -235,9 +248,7 @@ __device__ __forceinline__ Selection select(const Row& row, Scratch& scratch, in
         if (key >= cut && key >> shift == prefix) scratch.found = key;
     });
     __syncthreads();
-    const Selection selection{scratch.found, scratch.total};
-    __syncthreads();
-    return selection;
+    return {scratch.found, scratch.total};
 }
 
 // The token drawn from what top-k, top-p and min-p leave, each applied to what the one before left, and the mass of that.
