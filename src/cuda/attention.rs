@@ -1,13 +1,13 @@
 //! Launches of the attention kernels: over planned forests, forward and backward, and over pages.
 
 use super::forest::{ForestPlan, TILE};
-use super::paged::{PAGE, PagedPlan};
+use super::paged::PagedPlan;
 use super::{Buffer, CudaError, Device, Launch, Number, Result, Shape, Slice, SliceMut};
 use crate::kernels::attention::Geometry;
 use half::bf16;
 
 /// Threads of a block of every attention kernel.
-const THREADS: usize = 128;
+pub(super) const THREADS: usize = 128;
 /// The sizes of heads that there are kernels for; others take the next.
 const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
 
@@ -216,7 +216,7 @@ pub struct PagedInputs<'a, S: Cached> {
 /// Attention of one model on one device.
 #[derive(Clone, Debug)]
 pub struct Attention {
-    device: Device,
+    pub(super) device: Device,
     geometry: Geometry,
     batch_invariant: bool,
     /// The size of head that the kernels are made for.
@@ -230,7 +230,8 @@ impl Attention {
     /// [`CudaError::Launch`] when there are no kernels for such heads.
     pub fn new(device: &Device, geometry: Geometry, batch_invariant: bool) -> Result<Self> {
         let Geometry { heads, kv_heads, head_dim } = geometry;
-        let kernel_dim = HEAD_DIMS.into_iter().find(|dim| *dim >= head_dim && head_dim > 0 && head_dim.is_multiple_of(16));
+        let kernel_dim =
+            HEAD_DIMS.into_iter().find(|dim| *dim >= head_dim && head_dim > 0 && head_dim.is_multiple_of(16));
         match kernel_dim {
             Some(kernel_dim) if kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads) => {
                 Ok(Self { device: device.clone(), geometry, batch_invariant, kernel_dim })
@@ -243,6 +244,11 @@ impl Attention {
                 ),
             }),
         }
+    }
+
+    /// The heads.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
     }
 
     /// Attention of every row: `out [rows, heads, head_dim]`, and log-sums for the backward pass.
@@ -262,7 +268,8 @@ impl Attention {
         let mode = if self.batch_invariant { "invariant_" } else { "" };
         let kernel = self.kernel(&format!("forest_attention_{mode}"), T::NAME)?;
         let totals = if self.batch_invariant { self.total_bytes(size_of::<T>()) } else { 0 };
-        let shape = self.shape(tables.query_tiles, self.geometry.heads, self.tile_bytes(size_of::<T>()) + totals);
+        let shape =
+            self.shape(tables.query_tiles, self.geometry.heads, self.tile_bytes(size_of::<T>()) + totals);
         let launch = self.keys(kernel.with(shape), inputs)?.value(tables.prefix_rows as u32);
         let launch = launch.read(&tables.key_tiles).read(&tables.untils).read(&tables.list_offsets);
         let launch = launch.read(&tables.lists).read(&tables.order).write(out).write(log_sums);
@@ -292,6 +299,7 @@ impl Attention {
 
     fn check_inputs<T: Stored>(&self, tables: &ForestTables, inputs: &ForestInputs<T>) -> Result<()> {
         room("queries, keys and values", tables.rows * self.qkv_width(), inputs.qkv.len())?;
+        aligned("queries, keys and values", inputs.qkv, 0)?;
         let needed = |stride: usize| match tables.prefix_rows {
             0 => 0,
             rows => (rows - 1) * stride + self.width(self.geometry.kv_heads),
@@ -299,6 +307,8 @@ impl Attention {
         match &inputs.prefix {
             None => room("keys of the prefix", needed(0), 0),
             Some(Prefix { keys, values, stride }) => {
+                aligned("keys of the prefix", *keys, *stride)?;
+                aligned("values of the prefix", *values, *stride)?;
                 room("keys of the prefix", needed(*stride), keys.len())?;
                 room("values of the prefix", needed(*stride), values.len())
             }
@@ -315,6 +325,9 @@ impl Attention {
         let carried = rows * 2 * self.width(self.geometry.kv_heads);
         room("attention output", rows * self.width(self.geometry.heads), saved.out.len())?;
         room("gradient of attention output", rows * self.width(self.geometry.heads), saved.grad_out.len())?;
+        aligned("gradient of attention output", saved.grad_out, 0)?;
+        aligned("log-sums", saved.log_sums, 0)?;
+        aligned("deltas", Slice::from(&gradients.deltas), 0)?;
         room("log-sums", statistics, saved.log_sums.len())?;
         room("deltas", statistics, gradients.deltas.len())?;
         room("partial sums", tables.partial_sums(self.geometry), gradients.partial_sums.len())?;
@@ -347,7 +360,8 @@ impl Attention {
         gradients: &mut ForestGradients,
     ) -> Result<()> {
         let kernel = self.kernel("attention_key_gradients_", T::NAME)?;
-        let shape = self.shape(tables.parts.len() / 4, self.geometry.kv_heads, self.backward_bytes(size_of::<T>()));
+        let shape =
+            self.shape(tables.parts.len() / 4, self.geometry.kv_heads, self.backward_bytes(size_of::<T>()));
         let launch = self.keys(kernel.with(shape), inputs)?.value(tables.prefix_rows as u32);
         let launch = statistics(launch, tables, saved, &gradients.deltas);
         let launch = launch.read(&tables.key_tiles).read(&tables.untils).read(&tables.parts);
@@ -405,6 +419,9 @@ impl Attention {
     ) -> Result<()> {
         room("statistics of partial results", tables.statistics(self.geometry), statistics.len())?;
         room("values of partial results", tables.values(self.geometry), values.len())?;
+        aligned("queries", inputs.queries, inputs.stride)?;
+        aligned("cached keys", inputs.keys, 0)?;
+        aligned("cached values", inputs.values, 0)?;
         let group = self.geometry.heads / self.geometry.kv_heads;
         let kernel = self.kernel("decode_attention_", S::NAME)?;
         let bytes = self.tile_bytes(size_of::<S::Widened>()) + self.staging_bytes(size_of::<S>());
@@ -417,7 +434,8 @@ impl Attention {
             None if size_of::<S>() > 1 => launch.missing().missing(),
             None => return Err(CudaError::Length { what: "scales of cached keys", expected: 1, found: 0 }),
         };
-        let launch = launch.read(inputs.page_table).read(&tables.items).read(&tables.tiles).read(&tables.entries);
+        let launch =
+            launch.read(inputs.page_table).read(&tables.items).read(&tables.tiles).read(&tables.entries);
         let launch = launch.read(inputs.lengths).write(&mut *statistics).write(&mut *values);
         // SAFETY: the parameters are those of the kernel; what the tables name is the caller's promise.
         unsafe { self.heads(launch).value(self.scale()).launch()? };
@@ -483,11 +501,11 @@ impl Attention {
         (2 * TILE + stages * 64) * (self.kernel_dim * element + 16) + stages * 256 + scratch
     }
 
-    fn width(&self, heads: usize) -> usize {
+    pub(super) fn width(&self, heads: usize) -> usize {
         heads * self.geometry.head_dim
     }
 
-    fn qkv_width(&self) -> usize {
+    pub(super) fn qkv_width(&self) -> usize {
         self.width(self.geometry.heads + 2 * self.geometry.kv_heads)
     }
 
@@ -546,54 +564,19 @@ fn statistics<'a, T: Stored>(
     launch.value((tables.query_tiles * TILE) as u32)
 }
 
-/// Rounds keys and values of some rows into e4m3 pages of one head size.
-#[derive(Debug)]
-pub struct QuantizedPages<'a> {
-    /// Pages of `[kv_heads, 16, head_dim]`.
-    pub keys: SliceMut<'a, u8>,
-    /// As the keys.
-    pub values: SliceMut<'a, u8>,
-    /// `[pages, kv_heads]`.
-    pub key_scales: SliceMut<'a, f32>,
-    /// As those of the keys.
-    pub value_scales: SliceMut<'a, f32>,
-}
-
-impl Attention {
-    /// Stores the keys and values of fused rows `qkv` at `slots[row]` = page x 16 + lane, where that is not negative. Positions
-    /// of one page stand in consecutive rows, and pages are filled from lane 0 on.
-    ///
-    /// # Errors
-    /// When rows and slots differ in number, or the device has failed.
-    ///
-    /// # Safety
-    /// All slots must lie within the pages.
-    pub unsafe fn store_quantized<T: Stored>(
-        &self,
-        qkv: Slice<T>,
-        slots: Slice<i32>,
-        pages: &mut QuantizedPages,
-    ) -> Result<()> {
-        let Geometry { heads, kv_heads, head_dim } = self.geometry;
-        let rows = slots.len();
-        room("queries, keys and values", rows * self.qkv_width(), qkv.len())?;
-        if pages.keys.len() % (PAGE * self.width(kv_heads)) != 0 {
-            let (expected, found) = (PAGE * self.width(kv_heads), pages.keys.len());
-            return Err(CudaError::Length { what: "whole pages", expected, found });
-        }
-        let kernel = self.device.kernel(&format!("store_fp8_pages_{}", T::NAME))?;
-        let shape = Shape { blocks: [rows, kv_heads, 2], ..Shape::of(1, THREADS) };
-        let start = |heads: usize| qkv.slice((heads * head_dim).min(qkv.len())..);
-        let launch = kernel.with(shape).read(start(heads)?).read(start(heads + kv_heads)?);
-        let launch = launch.value(self.qkv_width() as u32).read(slots);
-        let launch = launch.write(&mut pages.keys).write(&mut pages.values);
-        let launch = launch.write(&mut pages.key_scales).write(&mut pages.value_scales);
-        let launch = launch.value(rows as i32).value(kv_heads as u32).value(head_dim as u32);
-        // SAFETY: the parameters are those of the kernel; where slots lie is the caller's promise.
-        unsafe { launch.launch() }
+/// The kernels read 16 bytes at a time.
+fn aligned<T: Number>(what: &str, rows: Slice<T>, stride: usize) -> Result<()> {
+    if rows.address().is_multiple_of(16) && (stride * size_of::<T>()).is_multiple_of(16) {
+        return Ok(());
     }
+    Err(CudaError::Launch {
+        kernel: "attention".into(),
+        reason: format!(
+            "{what}: their start, or the distance of {stride} elements between rows, is no multiple of 16 bytes"
+        ),
+    })
 }
 
-fn room(what: &'static str, expected: usize, found: usize) -> Result<()> {
+pub(super) fn room(what: &'static str, expected: usize, found: usize) -> Result<()> {
     if found < expected { Err(CudaError::Length { what, expected, found }) } else { Ok(()) }
 }

@@ -31,7 +31,9 @@ pub enum ForestError {
         rows: usize,
     },
     /// The segments that earlier launches have computed are not in front of all others.
-    #[error("segment {segment} is one of the {prefix} that were computed before, but others stand in front of it")]
+    #[error(
+        "segment {segment} is one of the {prefix} that were computed before, but others stand in front of it"
+    )]
     PrefixNotInFront {
         /// The segment.
         segment: usize,
@@ -255,7 +257,8 @@ impl ForestPlan {
             return Err(ForestError::TooManyRows { rows: packed.rows });
         }
         let prefix_rows = prefix_rows(&packed, planning.prefix)?;
-        let untils = packed.segments.iter().flat_map(|at| std::iter::repeat_n(at.until as u32, at.length)).collect();
+        let untils =
+            packed.segments.iter().flat_map(|at| std::iter::repeat_n(at.until as u32, at.length)).collect();
         let mut plan = Self { packed, prefix_rows, untils, ..Self::default() };
         plan.cut_into_key_tiles(planning.batch_invariant);
         plan.list_key_tiles();
@@ -280,7 +283,8 @@ impl ForestPlan {
 
     /// Pairs of query and visible key, for counting operations.
     pub fn pairs(&self) -> usize {
-        let queries = |(key, until): (usize, &u32)| (*until as usize).saturating_sub(key.max(self.prefix_rows));
+        let queries =
+            |(key, until): (usize, &u32)| (*until as usize).saturating_sub(key.max(self.prefix_rows));
         self.untils.iter().enumerate().map(queries).sum()
     }
 
@@ -370,14 +374,16 @@ mod tests {
         let mut forest = Forest::default();
         for segment in 0..1 + draw(0, 40) {
             let length = [0, 1, 3, 17, 64, 65, 130, 400][draw(3 * segment + 1, 8)];
-            let parent = (segment > 0 && draw(3 * segment + 2, 10) > 0).then(|| draw(3 * segment + 3, segment));
+            let parent =
+                (segment > 0 && draw(3 * segment + 2, 10) > 0).then(|| draw(3 * segment + 3, segment));
             forest.add(parent, &vec![0; length]);
         }
         forest
     }
 
     fn segment_of(forest: &Forest, row: usize) -> usize {
-        let holds = |segment: &crate::model::Segment| (segment.row..segment.row + segment.length).contains(&row);
+        let holds =
+            |segment: &crate::model::Segment| (segment.row..segment.row + segment.length).contains(&row);
         forest.segments().iter().position(holds).unwrap()
     }
 
@@ -407,7 +413,8 @@ mod tests {
             for query in (0..plan.rows()).step_by(7) {
                 let mut times = vec![0; plan.rows()];
                 let tile = query / TILE;
-                let list = &plan.lists[plan.list_offsets[tile] as usize..plan.list_offsets[tile + 1] as usize];
+                let list =
+                    &plan.lists[plan.list_offsets[tile] as usize..plan.list_offsets[tile + 1] as usize];
                 assert!(list.is_sorted(), "in order of rows");
                 for tile in list.iter().map(|number| plan.key_tiles[*number as usize]) {
                     let keys = tile.row as usize..tile.row as usize + usize::from(tile.keys);
@@ -491,17 +498,22 @@ mod tests {
         for _ in 0..300 {
             forest.add(Some(trunk), &[0; 150]);
         }
-        for (forest, splits) in [(forest, true), (random_forest(3), false)] {
+        assert!(!plan(&forest, 0, false).unwrap().sums.is_empty(), "the trunk is split");
+        for forest in [forest, random_forest(3), random_forest(7)] {
             let plan = plan(&forest, 0, false).unwrap();
-            assert_eq!(!plan.sums.is_empty(), splits);
             for (number, tile) in plan.key_tiles.iter().enumerate() {
-                let parts: Vec<&Part> = plan.parts.iter().filter(|part| part.tile as usize == number).collect();
-                let mut readers: Vec<u32> =
-                    parts.iter().flat_map(|part| part.first_query_tile..part.first_query_tile + part.query_tiles).collect();
+                let parts: Vec<&Part> =
+                    plan.parts.iter().filter(|part| part.tile as usize == number).collect();
+                let mut readers: Vec<u32> = parts
+                    .iter()
+                    .flat_map(|part| part.first_query_tile..part.first_query_tile + part.query_tiles)
+                    .collect();
                 readers.sort_unstable();
                 let lists = plan.list_offsets.windows(2).enumerate();
                 let expected: Vec<u32> = lists
-                    .filter(|(_, list)| plan.lists[list[0] as usize..list[1] as usize].contains(&(number as u32)))
+                    .filter(|(_, list)| {
+                        plan.lists[list[0] as usize..list[1] as usize].contains(&(number as u32))
+                    })
                     .map(|(query_tile, _)| query_tile as u32)
                     .collect();
                 assert_eq!(readers, expected, "key tile {number} at row {}", tile.row);

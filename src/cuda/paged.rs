@@ -65,7 +65,9 @@ impl PagedError {
 pub struct CachedSegment {
     /// Entry of the page table that names its first page; the others follow.
     pub first_page: usize,
-    /// Positions it holds, or, when it grows, will hold at most: so many have entries of the page table.
+    /// Positions it holds, or, when it grows, will hold at most: so many have entries of the page table. Room that
+    /// is not used yet costs an empty block for each 512 positions and head: give what some hundred steps need, and
+    /// plan again then.
     pub positions: usize,
     /// Whether the number of its positions is on the device, at the row of its only reader.
     pub grows: bool,
@@ -105,7 +107,8 @@ impl Cut {
             }
         }
         let rounds = |readers: usize| readers.div_ceil(queries_at_once(group));
-        let work: usize = segments.iter().zip(readers).map(|(segment, count)| segment.positions * rounds(count)).sum();
+        let work: usize =
+            segments.iter().zip(readers).map(|(segment, count)| segment.positions * rounds(count)).sum();
         let (least, most) = ITEM_KEYS;
         Self::Fast { keys: (work / blocks.max(1)).clamp(least, most) }
     }
@@ -368,7 +371,11 @@ impl Planner<'_> {
                 }
                 if let Some(piece) = pieces.last_mut() {
                     let page = (segment.first_page + offset / PAGE) as u32;
-                    piece.push(PageTile { page, keys: keys as u32, before: (self.keys_at_once - room) as u32 });
+                    piece.push(PageTile {
+                        page,
+                        keys: keys as u32,
+                        before: (self.keys_at_once - room) as u32,
+                    });
                 }
                 room -= keys;
             }
@@ -418,7 +425,8 @@ mod tests {
             let mut page = 0;
             for segment in 0..2 + draw(0, 30) {
                 let positions = [0, 1, 5, 16, 40, 64, 100, 700][draw(4 * segment + 1, 8)];
-                let parent = (segment > 0 && draw(4 * segment + 2, 8) > 0).then(|| draw(4 * segment + 3, segment));
+                let parent =
+                    (segment > 0 && draw(4 * segment + 2, 8) > 0).then(|| draw(4 * segment + 3, segment));
                 let mut path = parent.map_or(Vec::new(), |parent: usize| paths[parent].clone());
                 path.push(segment);
                 paths.push(path);
@@ -433,7 +441,7 @@ mod tests {
                 if query % 5 == 0 {
                     path.push(segments.len());
                     segments.push(CachedSegment { first_page: page, positions: 600, grows: true });
-                    page += 600 / PAGE;
+                    page += 600usize.div_ceil(PAGE);
                     visible = 0;
                 }
                 queries.push((path, visible));
@@ -443,7 +451,9 @@ mod tests {
 
         fn queries(&self) -> Vec<PagedQuery<'_>> {
             let queries = self.queries.iter().enumerate();
-            queries.map(|(row, (path, visible))| PagedQuery { row: row * 3, path, visible: *visible }).collect()
+            queries
+                .map(|(row, (path, visible))| PagedQuery { row: row * 3, path, visible: *visible })
+                .collect()
         }
 
         /// (page table entry, lane) of every key that a query sees, in the order of its path.
@@ -489,25 +499,34 @@ mod tests {
         for number in 0..40 {
             let case = Case::random(number);
             let queries = case.queries();
-            let cuts = [Cut::Invariant, Cut::Fast { keys: 100 }, Cut::filling(&case.segments, &queries, 4, 8)];
+            let cuts =
+                [Cut::Invariant, Cut::Fast { keys: 100 }, Cut::filling(&case.segments, &queries, 4, 8)];
             for (cut, group) in cuts.into_iter().zip([1, 7, 80]) {
                 let plan = PagedPlan::new(&case.segments, &queries, group, cut).unwrap();
                 assert!(plan.most_queries <= (TILE / group).max(1));
                 for (number, query) in queries.iter().enumerate() {
                     for length in [0, 1, 65, 600] {
-                        let range = plan.list_offsets[number] as usize..plan.list_offsets[number + 1] as usize;
+                        let range =
+                            plan.list_offsets[number] as usize..plan.list_offsets[number + 1] as usize;
                         let mut keys = Vec::new();
                         for partial in &plan.lists[range] {
                             let (row, part) = keys_of(&plan, *partial, length);
                             assert_eq!(row as usize, query.row);
                             keys.extend(part);
                         }
-                        assert_eq!(keys, case.expected(number, length), "{cut:?}, query {number}, length {length}");
+                        assert_eq!(
+                            keys,
+                            case.expected(number, length),
+                            "{cut:?}, query {number}, length {length}"
+                        );
                     }
                 }
                 let mut partials = plan.lists.clone();
                 partials.sort_unstable();
-                assert!(partials.iter().copied().eq(0..plan.partials as u32), "each partial result has one query");
+                assert!(
+                    partials.iter().copied().eq(0..plan.partials as u32),
+                    "each partial result has one query"
+                );
             }
         }
     }
@@ -521,7 +540,8 @@ mod tests {
                 let tiles = &plan.tiles[item.first_tile as usize..(item.first_tile + item.tiles) as usize];
                 let first = tiles[0].page as usize;
                 let holds = |segment: &&CachedSegment| {
-                    (segment.first_page..segment.first_page + segment.positions.div_ceil(PAGE)).contains(&first)
+                    (segment.first_page..segment.first_page + segment.positions.div_ceil(PAGE))
+                        .contains(&first)
                 };
                 let segment = case.segments.iter().find(holds).unwrap();
                 let offset = (first - segment.first_page) * PAGE;
@@ -538,10 +558,10 @@ mod tests {
         let segment = |page: usize, positions| CachedSegment { first_page: page, positions, grows: false };
         let mut segments: Vec<_> = (0..40).map(|piece| segment(piece * 2, 32)).collect();
         segments.extend((0..40).map(|footer| segment(80 + footer, 10)));
-        let paths: Vec<Vec<usize>> = (0..40).map(|prompt| (0..=prompt).chain([40 + prompt]).collect()).collect();
-        let queries: Vec<PagedQuery> = (0..160)
-            .map(|row| PagedQuery { row, path: &paths[row / 4], visible: 10 })
-            .collect();
+        let paths: Vec<Vec<usize>> =
+            (0..40).map(|prompt| (0..=prompt).chain([40 + prompt]).collect()).collect();
+        let queries: Vec<PagedQuery> =
+            (0..160).map(|row| PagedQuery { row, path: &paths[row / 4], visible: 10 }).collect();
         let plan = PagedPlan::new(&segments, &queries, 4, Cut::Fast { keys: 4096 }).unwrap();
         // Ten items of sixteen queries for the trunk, one for each footer but the last, which continues it.
         assert_eq!(plan.items.len(), 10 + 39);
@@ -558,9 +578,15 @@ mod tests {
                 paths.iter().enumerate().map(|(row, path)| PagedQuery { row, path, visible: 1 }).collect();
             PagedPlan::new(&segments, &queries, 1, Cut::Invariant).map(|plan| plan.partials)
         };
-        assert_eq!(plan(&[&[0, 3]], None), Err(PagedError::NoSuchSegment { query: 0, segment: 3, segments: 3 }));
+        assert_eq!(
+            plan(&[&[0, 3]], None),
+            Err(PagedError::NoSuchSegment { query: 0, segment: 3, segments: 3 })
+        );
         assert_eq!(plan(&[&[0, 1, 2], &[0, 2]], None), Err(PagedError::TwoParents { query: 1, segment: 2 }));
-        assert_eq!(plan(&[&[0, 1], &[0, 1]], Some(1)), Err(PagedError::SharedGrowth { segment: 1, query: 1 }));
+        assert_eq!(
+            plan(&[&[0, 1], &[0, 1]], Some(1)),
+            Err(PagedError::SharedGrowth { segment: 1, query: 1 })
+        );
         assert_eq!(plan(&[&[0, 1]], Some(0)), Err(PagedError::SharedGrowth { segment: 0, query: 0 }));
         assert_eq!(plan(&[&[0, 1], &[0, 2]], Some(2)), Ok(4));
         assert_eq!(plan(&[], None), Ok(0));

@@ -410,12 +410,13 @@ template <typename T> struct SplitRows {
 
 // Attention of the block's 64 rows to all key tiles of `source`, which says where they come from:
 //   tiles                            their number
-//   load_keys(t), load_values(t)     start copying a tile to shared memory
+//   load_keys()                      starts copying the keys of the next tile to shared memory
+//   load_values(t)                   makes the next tile, t, the current one and starts copying its values
 //   keys_arrived(), values_arrived() finish what this thread has copied
-//   limit(t, row)                    how many of a tile's keys a row sees: always its first ones
-//   begins_partial(t)                whether a new partial result begins with it (asked with PARTIALS alone)
+//   limit(row)                       how many of the current tile's keys a row sees: always its first ones
+//   begins_partial()                 whether a new partial result begins with it (asked with PARTIALS alone)
 //   scale_scores, scale_weights      scales of stored keys and values
-// The queries and the keys of tile 0 must be under way as one group of copies. On return `result.sum` is reduced.
+// The queries and the keys of the first tile must be under way as one group of copies. On return `result.sum` is reduced.
 template <typename T, int D, bool PARTIALS, typename Source>
 __device__ __forceinline__ void attend(Source& source, const TileMemory<T, D>& memory, float scale,
                                        Attended<T, COLUMNS<D>>& result) {
@@ -429,14 +430,14 @@ __device__ __forceinline__ void attend(Source& source, const TileMemory<T, D>& m
         __syncthreads();
         source.load_values(tile);
         cp_async_commit();
-        if (PARTIALS && tile > 0 && source.begins_partial(tile)) {
+        if (PARTIALS && tile > 0 && source.begins_partial()) {
             total.fold(result);
             result.clear();
         }
         int limits[Result::ROWS], most = 0, least = TILE;
 #pragma unroll
         for (int i = 0; i < Result::ROWS; ++i) {
-            limits[i] = source.limit(tile, first_row + Layout<T>::row(i));
+            limits[i] = source.limit(first_row + Layout<T>::row(i));
             most = max(most, limits[i]);
             least = min(least, limits[i]);
         }
@@ -452,7 +453,7 @@ __device__ __forceinline__ void attend(Source& source, const TileMemory<T, D>& m
         source.values_arrived();
         __syncthreads();
         if (tile + 1 < source.tiles) {
-            source.load_keys(tile + 1);
+            source.load_keys();
             cp_async_commit();
         }
         if (most > 0) {

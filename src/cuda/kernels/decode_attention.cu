@@ -89,44 +89,43 @@ template <typename S, int D> struct PagedSource {
     int tiles, longest; // the largest of `visible`
     int head_dim, value_columns, kv_heads;
     size_t page_stride;
-    int current;
+    DecodeTile next, current; // read a tile ahead, since copies wait for them
 
+    __device__ __forceinline__ DecodeTile at(int tile) const { return list[max(0, min(tile, tiles - 1))]; }
     __device__ __forceinline__ int rows(const DecodeTile& tile) const {
         return min(int(tile.keys), longest - int(tile.before));
     }
-    __device__ __forceinline__ void load_keys(int tile) {
-        const DecodeTile at = list[tile];
+    __device__ __forceinline__ void load_keys() {
         S* target = STAGED ? staged_keys : reinterpret_cast<S*>(memory.keys);
-        load_pages<D>(target, STAGED ? D : STRIDE<T, D>, keys, table + at.page, page_stride, rows(at), head_dim, head_dim);
+        load_pages<D>(target, STAGED ? D : STRIDE<T, D>, keys, table + next.page, page_stride, rows(next), head_dim,
+                      head_dim);
     }
     __device__ __forceinline__ void load_values(int tile) {
-        current = tile;
-        const DecodeTile at = list[tile];
+        current = next;
+        next = at(tile + 1);
         S* target = STAGED ? staged_values : reinterpret_cast<S*>(memory.values);
-        load_pages<COLUMNS<D>>(target, STAGED ? COLUMNS<D> : memory.VALUE_STRIDE, values, table + at.page, page_stride,
-                               rows(at), head_dim, value_columns);
+        load_pages<COLUMNS<D>>(target, STAGED ? COLUMNS<D> : memory.VALUE_STRIDE, values, table + current.page,
+                               page_stride, rows(current), head_dim, value_columns);
     }
+    __device__ __forceinline__ int limit(int row) const {
+        return max(0, min(int(current.keys), visible[row] - int(current.before)));
+    }
+    __device__ __forceinline__ bool begins_partial() const { return false; }
     __device__ __forceinline__ void keys_arrived() {
         if constexpr (STAGED) widen_rows<D>(memory.keys, STRIDE<T, D>, staged_keys);
     }
     __device__ __forceinline__ void values_arrived() {
         if constexpr (STAGED) widen_rows<COLUMNS<D>>(memory.values, memory.VALUE_STRIDE, staged_values);
     }
-    __device__ __forceinline__ int limit(int tile, int row) const {
-        const DecodeTile at = list[tile];
-        return max(0, min(int(at.keys), visible[row] - int(at.before)));
-    }
-    __device__ __forceinline__ bool begins_partial(int) const { return false; }
 
     // Four neighbouring elements of a row of bf16 fragments are of one page.
     template <typename Fragment> __device__ __forceinline__ void scale_pages(Fragment& fragment, const float* scales) {
         if constexpr (STAGED) {
-            const DecodeTile at = list[current];
-            const int pages = (rows(at) + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
+            const int pages = (rows(current) + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
 #pragma unroll
             for (int page = 0; page < TILE / PAGE_POSITIONS; ++page) {
                 if (page >= pages) continue;
-                const float scale = scales[size_t(table[at.page + page]) * kv_heads];
+                const float scale = scales[size_t(table[current.page + page]) * kv_heads];
 #pragma unroll
                 for (int i = 0; i < Layout<T>::ROWS; ++i) {
 #pragma unroll
@@ -191,19 +190,22 @@ __device__ __forceinline__ void decode_attention(const typename Widened<S>::Type
         int(head_dim - first_column),
         int(kv_heads),
         size_t(kv_heads) * PAGE_POSITIONS * head_dim,
-        0,
+        {},
+        {},
     };
+    source.next = source.at(0);
     const unsigned rows = min(unsigned(TILE), max(item.queries * group, first_row) - first_row);
-    constexpr int PACKS = D / PACK<T>;
-    for (int at = threadIdx.x; at < TILE * PACKS; at += ATTENTION_THREADS) {
-        const unsigned row = at / PACKS, column = at % PACKS * PACK<T>;
-        const bool there = row < rows && column < head_dim;
-        const size_t head = kv_head * group + (first_row + row) % group;
-        cp_async_16_or_zero(memory.queries + row * STRIDE<T, D> + column,
-                            there ? queries + size_t(batch_rows[row]) * query_stride + head * head_dim + column : queries,
-                            there);
+    if (needed > 0) {
+        constexpr int PACKS = D / PACK<T>;
+        for (int at = threadIdx.x; at < TILE * PACKS; at += ATTENTION_THREADS) {
+            const unsigned row = at / PACKS, column = at % PACKS * PACK<T>;
+            const bool there = row < rows && column < head_dim;
+            const size_t start = (kv_head * group + (first_row + row) % group) * head_dim + column;
+            cp_async_16_or_zero(memory.queries + row * STRIDE<T, D> + column,
+                                there ? queries + size_t(batch_rows[row]) * query_stride + start : queries, there);
+        }
+        source.load_keys();
     }
-    if (needed > 0) source.load_keys(0);
     cp_async_commit();
     Attended<T, COLUMNS<D>> result;
     attend<T, D, false>(source, memory, scale * LOG2_E, result);

@@ -10,23 +10,22 @@ template <typename T, int D> struct ForestSource {
     int tiles;
     int columns, value_columns;
     unsigned query; // row number of the block's first query
+    KeyTile next, current; // read a tile ahead, since copies wait for them
 
-    __device__ __forceinline__ void load_keys(int tile) {
-        const KeyTile at = table[list[tile]];
-        const Rows<T> rows = keys.from(at.row);
-        load_rows<TILE, D>(memory.keys, STRIDE<T, D>, rows.first, rows.stride, at.keys, columns);
+    __device__ __forceinline__ KeyTile at(int tile) const { return table[list[min(tile, tiles - 1)]]; }
+    __device__ __forceinline__ void load_keys() {
+        const Rows<T> rows = keys.from(next.row);
+        load_rows<TILE, D>(memory.keys, STRIDE<T, D>, rows.first, rows.stride, next.keys, columns);
     }
     __device__ __forceinline__ void load_values(int tile) {
-        const KeyTile at = table[list[tile]];
-        const Rows<T> rows = values.from(at.row);
-        load_rows<TILE, COLUMNS<D>>(memory.values, memory.VALUE_STRIDE, rows.first, rows.stride, at.keys, value_columns);
+        current = next;
+        next = at(tile + 1);
+        const Rows<T> rows = values.from(current.row);
+        load_rows<TILE, COLUMNS<D>>(memory.values, memory.VALUE_STRIDE, rows.first, rows.stride, current.keys,
+                                    value_columns);
     }
-    __device__ __forceinline__ int limit(int tile, int row) const {
-        return seen_keys(table[list[tile]], untils, query + row);
-    }
-    __device__ __forceinline__ bool begins_partial(int tile) const {
-        return table[list[tile]].begins_partial != 0;
-    }
+    __device__ __forceinline__ int limit(int row) const { return seen_keys(current, untils, query + row); }
+    __device__ __forceinline__ bool begins_partial() const { return current.begins_partial != 0; }
     __device__ __forceinline__ void keys_arrived() {}
     __device__ __forceinline__ void values_arrived() {}
     template <typename S> __device__ __forceinline__ void scale_scores(S&) {}
@@ -58,10 +57,13 @@ __device__ __forceinline__ void forest_attention(const T* queries, unsigned quer
         int(head_dim),
         int(head_dim - first_column),
         prefix_rows + first,
+        {},
+        {},
     };
+    source.next = source.at(0);
     load_rows<TILE, D>(memory.queries, STRIDE<T, D>, queries + size_t(first) * query_stride + size_t(head) * head_dim,
                        query_stride, rows - first, head_dim);
-    source.load_keys(0);
+    source.load_keys();
     cp_async_commit();
     Attended<T, COLUMNS<D>> result;
     attend<T, D, PARTIALS>(source, memory, scale * LOG2_E, result);
