@@ -36,6 +36,7 @@ struct Records {
     next_ids: Memory,
     next_positions: Memory,
     next_slots: Memory,
+    next_lengths: Memory,
 }
 
 impl Records {
@@ -49,6 +50,7 @@ impl Records {
             next_ids: gpu.words(&vec![99; rows]),
             next_positions: gpu.ints(&vec![-5; rows]),
             next_slots: gpu.ints(&vec![-5; rows]),
+            next_lengths: gpu.words(&vec![0; rows]),
         }
     }
 
@@ -76,7 +78,8 @@ impl Records {
         arguments.extend([Arg::Int(PAGES), Arg::To(&self.tokens)]);
         arguments.extend(self.logprobs.iter().map(Arg::To));
         arguments.extend([&self.lengths, &self.finishes, &self.next_ids, &self.next_positions].map(Arg::To));
-        arguments.extend([Arg::To(&self.next_slots), Arg::Int(replies.len())]);
+        arguments.extend([&self.next_slots, &self.next_lengths].map(Arg::To));
+        arguments.push(Arg::Int(replies.len()));
         gpu.launch("advance_replies", (replies.len().div_ceil(128), 1), 128, &arguments);
     }
 
@@ -94,6 +97,30 @@ impl Records {
     }
 }
 
+/// What the next forward pass reads for a row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Next {
+    id: u32,
+    position: i32,
+    slot: i32,
+    length: u32,
+}
+
+impl Records {
+    fn next(&self) -> Vec<Next> {
+        let (ids, positions) = (self.next_ids.words(), self.next_positions.ints());
+        let (slots, lengths) = (self.next_slots.ints(), self.next_lengths.words());
+        (0..ids.len())
+            .map(|row| Next {
+                id: ids[row],
+                position: positions[row],
+                slot: slots[row],
+                length: lengths[row],
+            })
+            .collect()
+    }
+}
+
 #[test]
 fn replies_grow_end_and_say_what_comes_next() {
     let gpu = Gpu::new();
@@ -101,24 +128,26 @@ fn replies_grow_end_and_say_what_comes_next() {
     let table: Vec<i32> = (0..REPLIES * PAGES).map(|page| (page * 3 + 1) as i32).collect();
     let records = Records::new(&gpu, rows.len());
     let mut replies = vec![Reply::default(); REPLIES];
+    let mut next = records.next();
     for step in 0..CAPACITY + 2 {
-        let tokens: Vec<u32> = (0..rows.len())
-            .map(|row| if row == 2 && step == 4 { END } else { (step * 7 + row) as u32 + 10 })
-            .collect();
+        let token = |row| if row == 2 && step == 4 { END } else { (step * 7 + row) as u32 + 10 };
+        let tokens: Vec<u32> = (0..rows.len()).map(token).collect();
         let logprobs = [1, 2, 3].map(|part| values(step as u64 * 10 + part, rows.len()));
         records.advance(&gpu, &rows, &tokens, &logprobs, &starts, &table);
-        let (ids, positions, slots) =
-            (records.next_ids.words(), records.next_positions.ints(), records.next_slots.ints());
         for (row, reply) in rows.iter().map(|reply| *reply as usize).enumerate() {
-            if replies[reply].finish == 0 {
-                let at = replies[reply].tokens.len();
-                replies[reply].push(tokens[row], [0, 1, 2].map(|part: usize| logprobs[part][row]));
-                assert_eq!((ids[row], positions[row]), (tokens[row], starts[reply] + at as i32));
+            if replies[reply].finish != 0 {
+                continue;
             }
-            let length = replies[reply].tokens.len();
-            let slot = table[reply * PAGES + (length - 1) / 16] * 16 + (length as i32 - 1) % 16;
-            assert_eq!(slots[row], if replies[reply].finish == 0 { slot } else { -1 });
+            let at = replies[reply].tokens.len();
+            replies[reply].push(tokens[row], [0, 1, 2].map(|part: usize| logprobs[part][row]));
+            let slot = table[reply * PAGES + at / 16] * 16 + at as i32 % 16;
+            let (id, position) = (tokens[row], starts[reply] + at as i32);
+            next[row] = match replies[reply].finish {
+                0 => Next { id, position, slot, length: at as u32 + 1 },
+                _ => Next { id, position, slot: -1, length: at as u32 },
+            };
         }
+        assert_eq!(records.next(), next);
         records.check(&replies);
     }
     assert_eq!(replies.iter().map(|reply| reply.finish).collect::<Vec<_>>(), [2, 2, 1, 0, 2]);

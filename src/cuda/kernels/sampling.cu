@@ -382,9 +382,9 @@ constexpr int PAGE = 16;
 
 // Appends the drawn tokens of unfinished replies to the replies' records [replies, capacity], finishes those that drew an
 // end token or are `capacity` long, and says what the next forward pass reads for each row: the token, its position
-// (starts[reply] tokens precede the reply) and its slot in the cache, page * 16 + lane, from the reply's row of
-// page_table[replies, pages_per_reply]. The slot of a finished reply is -1. After this, lengths[reply] is also the number
-// of the reply's positions that the next forward pass attends to.
+// (starts[reply] tokens precede the reply), its slot in the cache, page * 16 + lane, from the reply's row of
+// page_table[replies, pages_per_reply], and how many positions of the reply it attends to, its own included. A reply that
+// ends has slot -1 and attends to what is in the cache; later launches change nothing of it.
 // Launch: grid (ceil(rows / 128)), block (128).
 extern "C" __global__ void __launch_bounds__(128)
     advance_replies(const int* __restrict__ replies, const unsigned* __restrict__ tokens,
@@ -395,11 +395,12 @@ extern "C" __global__ void __launch_bounds__(128)
                     float* __restrict__ reply_logprobs, float* __restrict__ reply_policy_logprobs,
                     float* __restrict__ reply_sampling_logprobs, int* __restrict__ lengths, int* __restrict__ finishes,
                     unsigned* __restrict__ next_ids, int* __restrict__ next_positions, int* __restrict__ next_slots,
-                    int rows) {
+                    unsigned* __restrict__ next_lengths, int rows) {
     const int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows) return;
     const int reply = replies[row];
     if (finishes[reply] != LIVE) {
+        // The host may have ended it.
         next_slots[row] = -1;
         return;
     }
@@ -419,6 +420,8 @@ extern "C" __global__ void __launch_bounds__(128)
     finishes[reply] = finish;
     next_ids[row] = token;
     next_positions[row] = starts[reply] + at;
-    const int page = finish == LIVE ? page_table[size_t(reply) * pages_per_reply + at / PAGE] : 0;
-    next_slots[row] = finish == LIVE ? page * PAGE + at % PAGE : -1;
+    const bool live = finish == LIVE;
+    const int page = live ? page_table[size_t(reply) * pages_per_reply + at / PAGE] : 0;
+    next_slots[row] = live ? page * PAGE + at % PAGE : -1;
+    next_lengths[row] = unsigned(live ? at + 1 : at);
 }
