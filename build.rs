@@ -89,17 +89,16 @@ impl Kernels {
     fn read(folder: &Path, version: &str) -> Outcome<Self> {
         let place = |error: io::Error| format!("{}: {error}", folder.display());
         let entries = fs::read_dir(folder).map_err(place)?;
-        let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>().map_err(place)?;
+        let mut paths =
+            entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>().map_err(place)?;
         paths.sort();
-        let mut common = DefaultHasher::new();
-        (FLAGS, version).hash(&mut common);
-        for path in paths.iter().filter(|path| has_extension(path, "cuh")) {
-            fs::read(path).map_err(place)?.hash(&mut common);
-        }
         let mut sources = Vec::new();
         for path in paths.into_iter().filter(|path| has_extension(path, "cu")) {
-            let mut digest = common.clone();
-            fs::read(&path).map_err(place)?.hash(&mut digest);
+            let mut digest = DefaultHasher::new();
+            (FLAGS, version).hash(&mut digest);
+            for part in parts(folder, &path).map_err(place)? {
+                part.hash(&mut digest);
+            }
             sources.push((path, digest.finish()));
         }
         Ok(Self { folder: folder.to_owned(), sources })
@@ -107,8 +106,10 @@ impl Kernels {
 
     /// The fat binaries in order of their names; as many compilers run at once as cargo grants.
     fn compile(&self, nvcc: &Path, out: &Path) -> Outcome<Vec<PathBuf>> {
-        let binaries: Vec<_> = self.sources.iter().map(|(source, digest)| binary(source, *digest, out)).collect();
-        let waiting: Vec<_> = self.sources.iter().zip(&binaries).filter(|(_, binary)| !binary.is_file()).collect();
+        let binaries: Vec<_> =
+            self.sources.iter().map(|(source, digest)| binary(source, *digest, out)).collect();
+        let waiting: Vec<_> =
+            self.sources.iter().zip(&binaries).filter(|(_, binary)| !binary.is_file()).collect();
         let waiting = Mutex::new(waiting.into_iter());
         let jobs: usize = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
         let next = || waiting.lock().ok()?.next();
@@ -120,7 +121,9 @@ impl Kernels {
         };
         thread::scope(|scope| {
             let workers: Vec<_> = (0..jobs.min(binaries.len())).map(|_| scope.spawn(work)).collect();
-            workers.into_iter().try_for_each(|worker| worker.join().map_err(|_| "a compiling thread panicked")?)
+            workers
+                .into_iter()
+                .try_for_each(|worker| worker.join().map_err(|_| "a compiling thread panicked")?)
         })?;
         Ok(binaries)
     }
@@ -136,6 +139,25 @@ impl Kernels {
         }
         fs::rename(&unfinished, binary).map_err(|error| format!("{}: {error}", binary.display()))
     }
+}
+
+/// The text of a source and of all headers of this folder that it includes, directly or not.
+fn parts(folder: &Path, source: &Path) -> io::Result<Vec<String>> {
+    let mut paths = vec![source.to_owned()];
+    let mut texts = Vec::new();
+    while let Some(path) = paths.get(texts.len()) {
+        let text = fs::read_to_string(path)?;
+        let included =
+            text.lines().filter_map(|line| line.trim().strip_prefix("#include \"")?.strip_suffix('"'));
+        let included: Vec<_> = included.map(|name| folder.join(name)).filter(|path| path.is_file()).collect();
+        for path in included {
+            if !paths.contains(&path) {
+                paths.push(path);
+            }
+        }
+        texts.push(text);
+    }
+    Ok(texts)
 }
 
 fn has_extension(path: &Path, extension: &str) -> bool {

@@ -14,3 +14,5 @@ mod failures;
 mod ground;
 #[path = "cuda/instructions.rs"]
 mod instructions;
+#[path = "cuda/products.rs"]
+mod products;

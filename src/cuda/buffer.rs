@@ -49,7 +49,12 @@ impl Allocation {
         }
         if status == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
             let memory = context.memory()?;
-            return Err(CudaError::OutOfMemory { what, requested: bytes, free: memory.free, total: memory.total });
+            return Err(CudaError::OutOfMemory {
+                what,
+                requested: bytes,
+                free: memory.free,
+                total: memory.total,
+            });
         }
         context.check("cuMemAllocAsync", status)?;
         Ok(Self { context, pointer })

@@ -160,7 +160,8 @@ impl Context {
         // SAFETY: both are writable, a context is current.
         let status = unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) };
         self.check("cuMemGetInfo", status)?;
-        let reserved = self.pool_bytes(sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+        let reserved =
+            self.pool_bytes(sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
         let used = self.pool_bytes(sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
         Ok(Memory { free: free + reserved.saturating_sub(used), total })
     }

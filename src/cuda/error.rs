@@ -34,7 +34,9 @@ pub enum CudaError {
         capability: (i32, i32),
     },
     /// Memory did not suffice. Nothing was changed; a caller may ask for less.
-    #[error("out of memory on the CUDA device: {what} needs {requested} bytes, and {free} of {total} are free")]
+    #[error(
+        "out of memory on the CUDA device: {what} needs {requested} bytes, and {free} of {total} are free"
+    )]
     OutOfMemory {
         /// What the memory was for.
         what: &'static str,
@@ -124,7 +126,9 @@ impl CudaError {
             }
             Self::DriverTooOld { .. } => "update the NVIDIA driver to release 580 or newer",
             Self::NoDevice { .. } => "nvidia-smi lists the devices; CUDA_VISIBLE_DEVICES may hide some",
-            Self::DeviceTooOld { .. } => "use a device of the Ampere generation or newer, or device = \"cpu\"",
+            Self::DeviceTooOld { .. } => {
+                "use a device of the Ampere generation or newer, or device = \"cpu\""
+            }
             Self::OutOfMemory { .. } => {
                 "make batches smaller or sequences shorter; nvidia-smi shows who else uses the device"
             }

@@ -21,19 +21,22 @@
 //! ```
 
 pub mod attention;
+mod blas;
 pub mod buffer;
 pub mod device;
 pub mod error;
 pub mod event;
-
 pub mod forest;
+pub mod gemm;
 pub mod graph;
 pub mod module;
 pub mod paged;
+pub mod quantized;
 
 pub use buffer::{Buffer, Number, Pinned, Slice, SliceMut};
 pub use device::{Device, Memory, Properties};
 pub use error::{CudaError, Result};
 pub use event::Event;
+pub use gemm::{Gemm, Matrix, MatrixMut};
 pub use graph::Graph;
 pub use module::{Kernel, Launch, Shape};

@@ -279,8 +279,10 @@ impl<'a> Launch<'a> {
         let context = &self.kernel.context;
         context.make_current()?;
         self.consent()?;
-        let mut parameters: Vec<_> = self.values.iter_mut().map(|value| ptr::from_mut(value).cast()).collect();
-        let ([x, y, z], [i, j, k]) = (self.shape.blocks.map(|n| n as u32), self.shape.threads.map(|n| n as u32));
+        let mut parameters: Vec<_> =
+            self.values.iter_mut().map(|value| ptr::from_mut(value).cast()).collect();
+        let ([x, y, z], [i, j, k]) =
+            (self.shape.blocks.map(|n| n as u32), self.shape.threads.map(|n| n as u32));
         let shared = self.shape.shared_bytes as u32;
         *locked(&context.last_kernel) = Arc::clone(&function.name);
         let (parameters, extra) = (parameters.as_mut_ptr(), ptr::null_mut());
@@ -313,7 +315,8 @@ impl<'a> Launch<'a> {
             return Err(function.refuse(format!("{in_block} threads in a block, of at most {limit}")));
         }
         if blocks[0] > i32::MAX as usize || blocks[1] > 65535 || blocks[2] > 65535 {
-            return Err(function.refuse(format!("a grid of {blocks:?} blocks, of at most [2147483647, 65535, 65535]")));
+            return Err(function
+                .refuse(format!("a grid of {blocks:?} blocks, of at most [2147483647, 65535, 65535]")));
         }
         let limit = self.kernel.context.properties.shared_bytes.saturating_sub(function.static_shared_bytes);
         if shared_bytes > limit {

@@ -36,7 +36,8 @@ fn an_old_driver() {
 fn no_driver() {
     let output = in_child("failures::opens_without_driver", &[]);
     let text = String::from_utf8_lossy(&output.stdout);
-    let absent = text.contains("no CUDA driver: libcuda.so could not be loaded; hint: install the NVIDIA driver");
+    let absent =
+        text.contains("no CUDA driver: libcuda.so could not be loaded; hint: install the NVIDIA driver");
     assert!(absent || text.contains("this machine has a driver"), "{text}");
 }
 

@@ -23,12 +23,13 @@ fn matrices_are_loaded_in_the_manuals_layout() {
         let mut output = device.zeroed::<u32>("fragments", 128).unwrap();
         let kernel = device.kernel("test_ldmatrix").unwrap();
         // SAFETY: 32 rows of 8 elements in, 32 times 4 fragments out.
-        unsafe { kernel.with(Shape::of(1, 32)).read(&input).write(&mut output).value(kind).launch() }.unwrap();
+        unsafe { kernel.with(Shape::of(1, 32)).read(&input).write(&mut output).value(kind).launch() }
+            .unwrap();
         let fragments = output.download().unwrap();
         for (lane, matrix) in (0..32).flat_map(|lane| (0..matrices).map(move |matrix| (lane, matrix))) {
-            let at = |i: usize| match transposed {
-                false => element(matrix, lane / 4, 2 * (lane % 4) + i),
-                true => element(matrix, 2 * (lane % 4) + i, lane / 4),
+            let at = |i: usize| {
+                let (along, across) = (2 * (lane % 4) + i, lane / 4);
+                if transposed { element(matrix, along, across) } else { element(matrix, across, along) }
             };
             assert_eq!(fragments[lane * 4 + matrix], at(1) << 16 | at(0), "{kind} {lane} {matrix}");
         }
@@ -56,7 +57,8 @@ fn products_have_the_manuals_layout() {
     let pair = |low: bf16, high: bf16| u32::from(high.to_bits()) << 16 | u32::from(low.to_bits());
     let pack = |registers: usize, element: &dyn Fn(usize, usize) -> bf16| -> Vec<u32> {
         let each = (0..32).flat_map(|lane| (0..registers).map(move |register| (lane, register)));
-        each.map(|(lane, register)| pair(element(lane, 2 * register), element(lane, 2 * register + 1))).collect()
+        each.map(|(lane, register)| pair(element(lane, 2 * register), element(lane, 2 * register + 1)))
+            .collect()
     };
     let left = pack(4, &|lane, i| a(place_a(lane, i).0, place_a(lane, i).1));
     let right = pack(2, &|lane, i| b(place_b(lane, i).0, place_b(lane, i).1));

@@ -5,6 +5,7 @@
 //! there is a GPU.
 
 #![allow(dead_code, unreachable_pub, reason = "every test uses a part")]
+#![allow(clippy::print_stdout, reason = "what is skipped is said")]
 
 use libloading::{Library, Symbol};
 use rpt::cuda::Device;
@@ -133,13 +134,12 @@ impl Emulator {
     fn new() -> Self {
         let compiler = env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
         let version = Command::new(&compiler).arg("--version").output();
-        let version = version.unwrap_or_else(|error| panic!("{compiler}: {error}; tests with cuda need it")).stdout;
+        let version =
+            version.unwrap_or_else(|error| panic!("{compiler}: {error}; tests with cuda need it")).stdout;
         let mut common = DefaultHasher::new();
         (version, machine_flags(), FLAGS, KERNEL_FLAGS).hash(&mut common);
-        for folder in [own_folder(), kernel_folder()] {
-            for header in files(&folder, &["h", "cuh"]) {
-                fs::read(header).unwrap().hash(&mut common);
-            }
+        for header in files(&own_folder(), &["h"]) {
+            fs::read(header).unwrap().hash(&mut common);
         }
         let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-emulator");
         fs::create_dir_all(&out).unwrap();
@@ -179,21 +179,23 @@ impl Emulator {
 
     fn kernel(&self, source: &Path, driver: &Path) -> PathBuf {
         let name = source.file_stem().unwrap().to_string_lossy();
-        self.once(&name, &[source.to_owned(), driver.to_owned()], |command| {
+        let mut sources = with_headers(source);
+        sources.push(driver.to_owned());
+        self.once(&name, &sources, |command| {
             let wrapper = self.wrapper(source);
-            command.args(self.include_flags()).args(KERNEL_FLAGS).args(machine_flags());
+            command.args(Self::include_flags()).args(KERNEL_FLAGS).args(machine_flags());
             command.arg(wrapper).arg("-Wl,--no-as-needed").arg(driver).arg("-Wl,-z,defs");
         })
     }
 
-    fn include_flags(&self) -> [PathBuf; 4] {
+    fn include_flags() -> [PathBuf; 4] {
         ["-I".into(), kernel_folder(), "-I".into(), own_folder()]
     }
 
     /// A source that contains the kernels in a namespace of their own, and tells the driver of them.
     fn wrapper(&self, source: &Path) -> PathBuf {
         let mut command = Command::new(&self.compiler);
-        command.args(["-std=c++20", "-E", "-P", "-x", "c++"]).args(KERNEL_FLAGS).args(self.include_flags());
+        command.args(["-std=c++20", "-E", "-P", "-x", "c++"]).args(KERNEL_FLAGS).args(Self::include_flags());
         let text = said(command.arg(source)).stdout;
         let mut wrapper = format!(
             "#include \"runtime.h\"\n#include \"common.cuh\"\nnamespace file_of_kernels {{\n#include \"{}\"\n\
@@ -234,6 +236,24 @@ impl Emulator {
     }
 }
 
+/// A source and all headers of kernels that it includes, directly or not.
+fn with_headers(source: &Path) -> Vec<PathBuf> {
+    let mut paths = vec![source.to_owned()];
+    let mut seen = 0;
+    while let Some(path) = paths.get(seen) {
+        let text = fs::read_to_string(path).unwrap();
+        let included =
+            text.lines().filter_map(|line| line.trim().strip_prefix("#include \"")?.strip_suffix('"'));
+        for path in included.map(|name| kernel_folder().join(name)).filter(|path| path.is_file()) {
+            if !paths.contains(&path) {
+                paths.push(path);
+            }
+        }
+        seen += 1;
+    }
+    paths
+}
+
 fn kernel_folder() -> PathBuf {
     root().join("src/cuda/kernels")
 }
@@ -249,7 +269,9 @@ fn machine_flags() -> &'static [&'static str] {
 
 fn files(folder: &Path, extensions: &[&str]) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    let wanted = |path: &PathBuf| path.extension().and_then(OsStr::to_str).is_some_and(|own| extensions.contains(&own));
+    let wanted = |path: &PathBuf| {
+        path.extension().and_then(OsStr::to_str).is_some_and(|own| extensions.contains(&own))
+    };
     let mut found: Vec<_> = entries.filter(wanted).collect();
     found.sort();
     found
@@ -282,7 +304,7 @@ fn declaration(mut text: &str) -> Option<Declaration> {
             let (inside, behind) = rest.trim_start().split_at(closing(rest.trim_start())?);
             if let Some(at) = inside.find("emulated_launch_bounds(") {
                 let arguments = &inside[at + "emulated_launch_bounds".len()..];
-                bounds = arguments[1..closing(arguments)? - 1].to_owned();
+                arguments[1..closing(arguments)? - 1].clone_into(&mut bounds);
             }
             text = behind;
             continue;
