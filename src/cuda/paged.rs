@@ -247,7 +247,7 @@ impl Tree {
         let mut tree = Self { readers: none.clone(), children: none, order: Vec::new() };
         let mut parents: Vec<Option<usize>> = vec![None; segments.len()];
         for (number, query) in queries.iter().enumerate() {
-            let mut parent = None;
+            let mut parent: Option<usize> = None;
             for segment in query.path {
                 let Some(grows) = segments.get(*segment).map(|segment| segment.grows) else {
                     let (segment, segments) = (*segment, segments.len());
@@ -260,7 +260,9 @@ impl Tree {
                 if first {
                     tree.order.push(*segment);
                     parents[*segment] = parent;
-                    parent.into_iter().for_each(|parent: usize| tree.children[parent].push(*segment));
+                    if let Some(parent) = parent {
+                        tree.children[parent].push(*segment);
+                    }
                 } else if parents[*segment] != parent {
                     return Err(PagedError::TwoParents { query: number, segment: *segment });
                 }

@@ -36,7 +36,7 @@ impl Attention {
         let Geometry { heads, kv_heads, head_dim } = self.geometry();
         let rows = slots.len();
         room("queries, keys and values", rows * self.qkv_width(), qkv.len())?;
-        if pages.keys.len() % (PAGE * self.width(kv_heads)) != 0 {
+        if !pages.keys.len().is_multiple_of(PAGE * self.width(kv_heads)) {
             let (expected, found) = (PAGE * self.width(kv_heads), pages.keys.len());
             return Err(CudaError::Length { what: "whole pages", expected, found });
         }

@@ -115,18 +115,17 @@ fn split_lists_agree_and_have_the_same_bits_again() {
     assert_eq!(bits(&first), bits(&second));
 }
 
-/// A trunk's keys and values, and two launches of its branches that add up the trunk's gradients, before its own.
-fn in_parts<T: Format>() {
+type Segments = Vec<(Option<usize>, usize)>;
+
+/// A trunk's keys and values, and launches of its branches that add up the trunk's gradients, before its own.
+fn in_parts<T: Format>(geometry: Geometry, branches: &[Segments]) {
     let trunk = [(None, 70), (Some(0), 20)];
-    let branches = [vec![(Some(1), 30), (Some(2), 5), (Some(0), 66)], vec![(Some(0), 9), (Some(1), 80)]];
-    let all: Vec<(Option<usize>, usize)> = {
-        let shifted = branches[1].clone();
-        trunk.into_iter().chain(branches[0].clone()).chain(shifted).collect()
-    };
-    let whole = Problem::<T>::new(geometry(4, 2, 32), forest(&all), 8);
+    let all: Segments = trunk.into_iter().chain(branches.iter().flatten().copied()).collect();
+    let Geometry { heads, kv_heads, head_dim } = geometry;
+    let whole = Problem::<T>::new(geometry, forest(&all), 8);
     let grad_out = grad_out(&whole);
     let expected = gradients(&whole, &grad_out, false);
-    let (device, width, out_width) = (device(), whole.width(), 4 * 32);
+    let (device, width, out_width) = (device(), whole.width(), heads * head_dim);
     let attention = Attention::new(&device, whole.geometry, false).unwrap();
     let places = whole.plan(0, false).packed.places();
     let pick = |values: &[T], rows: &[usize], width: usize| -> Vec<T> {
@@ -135,11 +134,11 @@ fn in_parts<T: Format>() {
     let trunk_rows: Vec<usize> = (0..90).collect();
     let trunk_qkv = device.upload("trunk", &pick(&whole.qkv, &trunk_rows, width)).unwrap();
     let prefix = Prefix {
-        keys: trunk_qkv.slice(4 * 32..).unwrap(),
-        values: trunk_qkv.slice(6 * 32..).unwrap(),
+        keys: trunk_qkv.slice(heads * head_dim..).unwrap(),
+        values: trunk_qkv.slice((heads + kv_heads) * head_dim..).unwrap(),
         stride: width,
     };
-    let mut trunk_sums = Some(device.zeroed("sums", 90 * 2 * 2 * 32).unwrap());
+    let mut trunk_sums = Some(device.zeroed("sums", 90 * 2 * kv_heads * head_dim).unwrap());
     let mut found = vec![f32::NAN; expected.len()];
     let mut place = |rows: &[usize], gradients: &[f32]| {
         for (row, gradients) in rows.iter().zip(gradients.chunks_exact(width)) {
@@ -147,7 +146,7 @@ fn in_parts<T: Format>() {
         }
     };
     let mut first_segment = 2;
-    for branch in &branches {
+    for branch in branches {
         let segments: Vec<_> = trunk.into_iter().chain(branch.clone()).collect();
         let part = Problem::<T>::new(whole.geometry, forest(&segments), 0);
         let plan = part.plan(2, false);
@@ -188,8 +187,12 @@ fn in_parts<T: Format>() {
 
 #[test]
 fn a_tree_in_several_launches_has_the_gradients_of_one() {
-    in_parts::<f32>();
-    in_parts::<bf16>();
+    // Parents within a launch count the trunk's two segments first.
+    let branches = [vec![(Some(1), 30), (Some(0), 66), (Some(1), 5)], vec![(Some(0), 9), (Some(1), 80)]];
+    in_parts::<f32>(geometry(4, 2, 32), &branches);
+    in_parts::<bf16>(geometry(4, 2, 32), &branches);
+    let long = [vec![(Some(1), 110); 10], vec![(Some(1), 7)]];
+    in_parts::<bf16>(geometry(1, 1, 16), &long);
 }
 
 #[test]

@@ -9,6 +9,5 @@ mod paged;
 mod quantized;
 mod reference;
 
-#[allow(unreachable_pub, reason = "it is a module of other tests too")]
 #[path = "../cuda_emulator/mod.rs"]
 mod cuda_emulator;

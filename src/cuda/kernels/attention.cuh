@@ -114,11 +114,9 @@ __device__ __forceinline__ void multiply_block(float (&upper)[2], float (&lower)
 
 __device__ __forceinline__ float (&pair(float* at))[2] { return *reinterpret_cast<float (*)[2]>(at); }
 
-// out = left right^T. `left`: the warp's 16 rows, `right`: KEYS rows, both of D columns in shared memory. Keys from
-// `limit` on, rounded up to 16, are left zero.
-template <int D, int KEYS>
-__device__ __forceinline__ void multiply_transposed(Scores<bf16, KEYS>& out, const bf16* left, const bf16* right,
-                                                    int limit) {
+// The two products below for FULL tiles, which leave the compiler one long run of instructions to order, and others.
+template <bool FULL, int D, int KEYS>
+__device__ __forceinline__ void score_tile(Scores<bf16, KEYS>& out, const bf16* left, const bf16* right, int limit) {
     constexpr int stride = STRIDE<bf16, D>;
     const int lane = threadIdx.x % WARP;
     const bf16* left_row = left + lane % 16 * stride + lane / 16 * 8;
@@ -134,7 +132,7 @@ __device__ __forceinline__ void multiply_transposed(Scores<bf16, KEYS>& out, con
         ldmatrix_x4(a, left_row + inner);
 #pragma unroll
         for (int group = 0; group < KEYS / 16; ++group) {
-            if (group * 16 >= limit) continue;
+            if (!FULL && group * 16 >= limit) continue;
             uint32_t b[4];
             ldmatrix_x4(b, right_row + group * 16 * stride + inner);
             multiply_block(pair(&out.at[0][group * 4]), pair(&out.at[1][group * 4]), a, b[0], b[1]);
@@ -143,9 +141,8 @@ __device__ __forceinline__ void multiply_transposed(Scores<bf16, KEYS>& out, con
     }
 }
 
-template <int D, int KEYS>
-__device__ __forceinline__ void multiply_transposed(Scores<float, KEYS>& out, const float* left, const float* right,
-                                                    int limit) {
+template <bool FULL, int D, int KEYS>
+__device__ __forceinline__ void score_tile(Scores<float, KEYS>& out, const float* left, const float* right, int limit) {
     constexpr int stride = STRIDE<float, D>;
     const float* left_row = left + Layout<float>::row(0) * stride;
     const float* right_row = right + Layout<float>::key(0) * stride;
@@ -161,7 +158,7 @@ __device__ __forceinline__ void multiply_transposed(Scores<float, KEYS>& out, co
         for (int i = 0; i < 4; ++i) a[i] = load_pack(left_row + i * stride + inner);
 #pragma unroll
         for (int j = 0; j < KEYS / 8; ++j) {
-            if (j * 8 >= limit) continue;
+            if (!FULL && j * 8 >= limit) continue;
             const Pack<float> b = load_pack(right_row + j * 8 * stride + inner);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -176,16 +173,14 @@ __device__ __forceinline__ void multiply_transposed(Scores<float, KEYS>& out, co
 template <typename T, int KEYS> constexpr int SCRATCH = 0;
 template <int KEYS> constexpr int SCRATCH<float, KEYS> = WARP_ROWS * KEYS;
 
-// out += weights right. `right`: KEYS rows of WIDTH columns in shared memory, `stride` elements apart. Keys from
-// `limit` on, rounded up to 16, are left out. Weights are rounded to bf16.
-template <int WIDTH, int KEYS>
-__device__ __forceinline__ void multiply_add(Values<bf16, WIDTH>& out, const Scores<bf16, KEYS>& weights,
-                                             const bf16* right, int stride, int limit, float*) {
+template <bool FULL, int WIDTH, int KEYS>
+__device__ __forceinline__ void weigh_tile(Values<bf16, WIDTH>& out, const Scores<bf16, KEYS>& weights, const bf16* right,
+                                           int stride, int limit, float*) {
     const int lane = threadIdx.x % WARP;
     const bf16* row = right + lane % 16 * stride + lane / 16 * 8;
 #pragma unroll
     for (int group = 0; group < KEYS / 16; ++group) {
-        if (group * 16 >= limit) continue;
+        if (!FULL && group * 16 >= limit) continue;
         const float* upper = &weights.at[0][group * 4];
         const float* lower = &weights.at[1][group * 4];
         const uint32_t a[4] = {pack_bf16(upper[0], upper[1]), pack_bf16(lower[0], lower[1]),
@@ -200,9 +195,9 @@ __device__ __forceinline__ void multiply_add(Values<bf16, WIDTH>& out, const Sco
     }
 }
 
-template <int WIDTH, int KEYS>
-__device__ __forceinline__ void multiply_add(Values<float, WIDTH>& out, const Scores<float, KEYS>& weights,
-                                             const float* right, int stride, int limit, float* scratch) {
+template <bool FULL, int WIDTH, int KEYS>
+__device__ __forceinline__ void weigh_tile(Values<float, WIDTH>& out, const Scores<float, KEYS>& weights,
+                                           const float* right, int stride, int limit, float* scratch) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -211,7 +206,7 @@ __device__ __forceinline__ void multiply_add(Values<float, WIDTH>& out, const Sc
         }
     }
     __syncwarp();
-    const int keys = min(KEYS, (limit + 15) / 16 * 16);
+    const int keys = FULL ? KEYS : min(KEYS, (limit + 15) / 16 * 16);
     for (int key = 0; key < keys; ++key) {
         float weight[4];
 #pragma unroll
@@ -229,6 +224,29 @@ __device__ __forceinline__ void multiply_add(Values<float, WIDTH>& out, const Sc
         }
     }
     __syncwarp();
+}
+
+// out = left right^T. `left`: the warp's 16 rows, `right`: KEYS rows, both of D columns in shared memory. Keys from
+// `limit` on, rounded up to 16, are left zero.
+template <int D, typename T, int KEYS>
+__device__ __forceinline__ void multiply_transposed(Scores<T, KEYS>& out, const T* left, const T* right, int limit) {
+    if (limit > KEYS - 16) {
+        score_tile<true, D>(out, left, right, KEYS);
+    } else {
+        score_tile<false, D>(out, left, right, limit);
+    }
+}
+
+// out += weights right. `right`: KEYS rows of WIDTH columns in shared memory, `stride` elements apart. Keys from
+// `limit` on, rounded up to 16, are left out. Weights are rounded to T.
+template <typename T, int WIDTH, int KEYS>
+__device__ __forceinline__ void multiply_add(Values<T, WIDTH>& out, const Scores<T, KEYS>& weights, const T* right,
+                                             int stride, int limit, float* scratch) {
+    if (limit > KEYS - 16) {
+        weigh_tile<true>(out, weights, right, stride, KEYS, scratch);
+    } else {
+        weigh_tile<false>(out, weights, right, stride, limit, scratch);
+    }
 }
 
 // ------------------------------------------------------------------------------------------------------------ softmax

@@ -261,20 +261,40 @@ DECODE_ATTENTION_OF(256)
 
 // -------------------------------------------------------------------------------------------------------------- merge
 
+constexpr int MERGE_THREADS = 256;
+
+// Where the partial results of a query and head lie, and their statistics.
+struct Partials {
+    size_t place[MERGE_THREADS];
+    float maximum[MERGE_THREADS], sum[MERGE_THREADS];
+};
+
 template <typename T>
 __device__ __forceinline__ void merge_partials(const float* statistics, const float* partials, const unsigned* rows,
                                                const unsigned* list_offsets, const unsigned* lists, T* out,
                                                unsigned heads, unsigned head_dim) {
-    const unsigned head = blockIdx.y, column = threadIdx.x;
-    const unsigned end = list_offsets[blockIdx.x + 1];
+    __shared__ Partials known;
+    const unsigned head = blockIdx.y, column = threadIdx.x, end = list_offsets[blockIdx.x + 1];
     float maximum = -INFINITY, sum = 0.0f, value = 0.0f;
-    for (unsigned at = list_offsets[blockIdx.x]; at < end; ++at) {
-        const size_t place = size_t(lists[at]) * heads + head;
-        const float part_maximum = statistics[place * 2], part_sum = statistics[place * 2 + 1];
-        if (part_maximum == -INFINITY) continue;
-        const MergeFactors factors = merge_factors<T>(maximum, part_maximum);
-        sum = merged(sum, part_sum, factors);
-        if (column < head_dim) value = merged(value, partials[place * head_dim + column], factors);
+    for (unsigned first = list_offsets[blockIdx.x]; first < end; first += blockDim.x) {
+        const int count = min(end - first, blockDim.x);
+        __syncthreads();
+        if (threadIdx.x < count) {
+            const size_t place = size_t(lists[first + threadIdx.x]) * heads + head;
+            known.place[threadIdx.x] = place * head_dim;
+            known.maximum[threadIdx.x] = statistics[place * 2];
+            known.sum[threadIdx.x] = statistics[place * 2 + 1];
+        }
+        __syncthreads();
+#pragma unroll 8
+        for (int at = 0; at < count; ++at) {
+            const bool empty = known.maximum[at] == -INFINITY;
+            const float part = empty || column >= head_dim ? 0.0f : partials[known.place[at] + column];
+            if (empty) continue;
+            const MergeFactors factors = merge_factors<T>(maximum, known.maximum[at]);
+            sum = merged(sum, known.sum[at], factors);
+            value = merged(value, part, factors);
+        }
     }
     if (column >= head_dim) return;
     out[(size_t(rows[blockIdx.x]) * heads + head) * head_dim + column] = from_float<T>(value * inverse_sum(sum));
@@ -282,14 +302,14 @@ __device__ __forceinline__ void merge_partials(const float* statistics, const fl
 
 // out [rows[q], heads, head_dim] of query q = its partial results lists[list_offsets[q] ..], added in that order.
 // grid (queries, heads), block: head_dim rounded up to 32
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS)
     merge_partial_attention_f32(const float* statistics, const float* partials, const unsigned* rows,
                                 const unsigned* list_offsets, const unsigned* lists, float* out, unsigned heads,
                                 unsigned head_dim) {
     merge_partials(statistics, partials, rows, list_offsets, lists, out, heads, head_dim);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS)
     merge_partial_attention_bf16(const float* statistics, const float* partials, const unsigned* rows,
                                  const unsigned* list_offsets, const unsigned* lists, bf16* out, unsigned heads,
                                  unsigned head_dim) {
