@@ -39,7 +39,7 @@ fn main() {
 }
 
 fn build() -> Outcome<()> {
-    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
+    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     println!("cargo::rerun-if-changed=src/cuda/kernels");
@@ -61,11 +61,15 @@ fn variable(name: &str) -> Outcome<String> {
 
 fn find_nvcc() -> Outcome<PathBuf> {
     let of_home = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
-    let of_path = env::var_os("PATH").unwrap_or_default();
-    let candidates = env::var_os("NVCC").map(PathBuf::from).into_iter();
-    let candidates = candidates.chain(of_home.map(|home| Path::new(&home).join("bin/nvcc")));
-    let candidates = candidates.chain(env::split_paths(&of_path).map(|folder| folder.join("nvcc")));
-    candidates.into_iter().find(|candidate| candidate.is_file()).ok_or_else(|| {
+    let named = env::var_os("NVCC").map(PathBuf::from).into_iter();
+    let mut named = named.chain(of_home.map(|home| Path::new(&home).join("bin/nvcc")));
+    if let Some(found) = named.find(|candidate| candidate.is_file()) {
+        return Ok(found);
+    }
+    println!("cargo::rerun-if-env-changed=PATH");
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut candidates = env::split_paths(&path).map(|folder| folder.join("nvcc"));
+    candidates.find(|candidate| candidate.is_file()).ok_or_else(|| {
         "the feature `cuda` needs nvcc of CUDA 13 and found none through $NVCC, $CUDA_HOME, $CUDA_PATH or $PATH\n\
          without a toolkit: scripts/cuda-toolkit target/cuda && CUDA_HOME=target/cuda cargo build --features cuda"
             .to_owned()

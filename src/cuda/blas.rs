@@ -30,7 +30,8 @@ pub(super) struct Blas {
     context: Arc<Context>,
     handle: sys::cublasLtHandle_t,
     workspace: Buffer<u8>,
-    plans: Mutex<HashMap<Product, Arc<Plan>>>,
+    /// `None` where the library has no algorithm.
+    plans: Mutex<HashMap<Product, Option<Arc<Plan>>>>,
 }
 
 // SAFETY: the library allows its handle to be used by several threads.
@@ -53,6 +54,7 @@ impl Blas {
         Ok(Self { context: Arc::clone(&device.context), handle, workspace, plans: Mutex::default() })
     }
 
+    /// Asks the device for the product; `false` when the library has no algorithm for it.
     pub(super) fn multiply<T: Element, U: Element>(
         &self,
         product: &Product,
@@ -60,8 +62,8 @@ impl Blas {
         b: Slice<'_, T>,
         c: &SliceMut<'_, U>,
         accumulate: bool,
-    ) -> Result<()> {
-        let plan = self.plan(product)?;
+    ) -> Result<bool> {
+        let Some(plan) = self.plan(product)? else { return Ok(false) };
         let one = 1.0f32;
         let beta = if accumulate { 1.0f32 } else { 0.0 };
         let workspace = Slice::from(&self.workspace);
@@ -92,19 +94,20 @@ impl Blas {
         for allocation in [a.allocation, b.allocation, c.allocation, workspace.allocation] {
             self.context.keep(allocation);
         }
-        Ok(())
+        Ok(true)
     }
 
-    fn plan(&self, product: &Product) -> Result<Arc<Plan>> {
+    fn plan(&self, product: &Product) -> Result<Option<Arc<Plan>>> {
         if let Some(known) = locked(&self.plans).get(product) {
-            return Ok(Arc::clone(known));
+            return Ok(known.clone());
         }
-        let plan = Arc::new(Plan::new(self.handle, product)?);
+        self.context.make_current()?;
+        let plan = Plan::new(self.handle, product)?.map(Arc::new);
         let mut plans = locked(&self.plans);
         if plans.len() >= KEPT_PLANS {
             plans.clear();
         }
-        plans.insert(*product, Arc::clone(&plan));
+        plans.insert(*product, plan.clone());
         Ok(plan)
     }
 }
@@ -134,7 +137,7 @@ unsafe impl Send for Plan {}
 unsafe impl Sync for Plan {}
 
 impl Plan {
-    fn new(handle: sys::cublasLtHandle_t, product: &Product) -> Result<Self> {
+    fn new(handle: sys::cublasLtHandle_t, product: &Product) -> Result<Option<Self>> {
         let operation = Operation::new(product)?;
         let (a, b) = (Columns::new(&product.a)?, Columns::new(&product.b)?);
         let c = Columns::new(&product.c)?;
@@ -157,6 +160,9 @@ impl Plan {
                 &raw mut count,
             )
         };
+        if status == cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
+            return Ok(None);
+        }
         check("cublasLtMatmulAlgoGetHeuristic", status)?;
         let found = found.iter().take(usize::try_from(count).unwrap_or(0));
         // SAFETY: the library has written these.
@@ -164,11 +170,8 @@ impl Plan {
         let fits = |result: &&sys::cublasLtMatmulHeuristicResult_t| {
             result.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize <= WORKSPACE_BYTES
         };
-        let Some(best) = found.find(fits) else {
-            let code = format!("no algorithm for {product:?}");
-            return Err(CudaError::Blas { call: "cublasLtMatmulAlgoGetHeuristic", code });
-        };
-        Ok(Self { operation, a, b, c, algorithm: best.algo })
+        let algorithm = found.find(fits).map(|best| best.algo);
+        Ok(algorithm.map(|algorithm| Self { operation, a, b, c, algorithm }))
     }
 }
 

@@ -124,7 +124,9 @@ impl CudaError {
                 "install the NVIDIA driver, or put the folder of libcuda.so.1 into LD_LIBRARY_PATH; \
                  device = \"cpu\" works without"
             }
-            Self::DriverTooOld { .. } => "update the NVIDIA driver to release 580 or newer",
+            Self::DriverTooOld { .. } | Self::Driver { call: "cuModuleLoadData", .. } => {
+                "update the NVIDIA driver to release 580 or newer"
+            }
             Self::NoDevice { .. } => "nvidia-smi lists the devices; CUDA_VISIBLE_DEVICES may hide some",
             Self::DeviceTooOld { .. } => {
                 "use a device of the Ampere generation or newer, or device = \"cpu\""

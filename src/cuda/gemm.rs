@@ -226,7 +226,8 @@ pub struct Gemm {
 }
 
 impl Gemm {
-    /// With the own kernel when rows must have the same bits in every batch, otherwise with the vendor's library.
+    /// With the own kernel when rows must have the same bits in every batch, otherwise with the vendor's library, and the
+    /// own kernel for what that cannot do.
     ///
     /// # Errors
     /// [`CudaError::NoBlas`] when the library is wanted and absent.
@@ -295,10 +296,13 @@ impl Gemm {
         if product.c.rows == 0 || product.c.columns == 0 {
             return Ok(());
         }
-        match &self.blas {
-            Some(blas) if product.inner() > 0 => blas.multiply(&product, a.data, b.data, &c.data, accumulate),
-            _ => self.own(&product, a.data, b.data, c.data, accumulate),
+        if let Some(blas) = &self.blas
+            && product.inner() > 0
+            && blas.multiply(&product, a.data, b.data, &c.data, accumulate)?
+        {
+            return Ok(());
         }
+        self.own(&product, a.data, b.data, c.data, accumulate)
     }
 
     fn own<T: Element, U: Element>(

@@ -69,7 +69,8 @@ impl<'a> Capture<'a> {
     fn begin(context: &'a Arc<Context>) -> Result<Self> {
         context.refuse_recording("another graph")?;
         context.make_current()?;
-        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // Relaxed: what must not happen meanwhile is refused here, and the driver may load what it needs.
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream lives as long as the context.
         let status = unsafe { sys::cuStreamBeginCapture_v2(context.stream, mode) };
         context.check("cuStreamBeginCapture", status)?;

@@ -86,6 +86,9 @@ unsafe impl Sync for Function {}
 
 impl Function {
     fn new(name: &str, raw: sys::CUfunction) -> Result<Self> {
+        // Now, not at the first launch, which may be a graph's.
+        // SAFETY: the function was just found.
+        check("cuFuncLoad", unsafe { sys::cuFuncLoad(raw) })?;
         let attribute = |attribute| {
             let value = handle("cuFuncGetAttribute", |value| {
                 // SAFETY: `value` is writable, the function just found.

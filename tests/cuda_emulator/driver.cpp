@@ -4,21 +4,17 @@
 // Read from the environment when it is first asked:
 //   RPT_EMULATED_NO_DEVICE       any value: there is no device
 //   RPT_EMULATED_DRIVER_VERSION  the version it claims, 13000
-//   RPT_EMULATED_MEMORY          bytes of device memory, 4 GiB
+#include "memory.h"
 #include "runtime.h"
 
 #include <chrono>
 #include <cstdlib>
 #include <cuda.h>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <set>
-#include <sys/mman.h>
-#include <unistd.h>
-#include <unordered_map>
 #include <vector>
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
@@ -27,14 +23,6 @@ namespace {
 
 constexpr int SHARED_WITHOUT_CONSENT = 48 << 10;
 constexpr int SHARED_WITH_CONSENT = 227 << 10;
-constexpr unsigned char RED = 0xa5;
-constexpr size_t RED_BYTES = 64;
-constexpr size_t FRESH_BYTES = 64 << 20;
-
-struct Allocation {
-    unsigned char* mapping;
-    size_t mapped, bytes;
-};
 
 struct Stream {
     CUresult failed = CUDA_SUCCESS; // a kernel's failure is every later call's, as on a GPU
@@ -63,10 +51,7 @@ struct Module {
 struct Driver {
     std::mutex lock;
     bool initialised = false;
-    std::map<uintptr_t, Allocation> allocations;
-    std::deque<Allocation> freed; // kept unreadable for a while, so that late accesses are caught
     std::set<void*> pinned, streams, graphs, executables, events, modules;
-    size_t used = 0;
 };
 
 Driver& driver() {
@@ -78,22 +63,12 @@ thread_local bool context_is_current = false;
 thread_local int allocations_until_failure = 0, launches_until_failure = 0;
 char primary_context;
 
-size_t number_from_environment(const char* name, size_t otherwise) {
-    const char* value = getenv(name);
-    return value == nullptr ? otherwise : strtoull(value, nullptr, 10);
-}
-
-size_t memory_limit() {
-    static const size_t bytes = number_from_environment("RPT_EMULATED_MEMORY", size_t(4) << 30);
-    return bytes;
+int claimed_version() {
+    const char* value = getenv("RPT_EMULATED_DRIVER_VERSION");
+    return value == nullptr ? 13000 : atoi(value);
 }
 
 int devices() { return getenv("RPT_EMULATED_NO_DEVICE") == nullptr ? 1 : 0; }
-
-CUresult complain(CUresult code, const char* message) {
-    fprintf(stderr, "emulated CUDA: %s\n", message);
-    return code;
-}
 
 // Is this the call that was told to fail?
 bool its_turn(int& remaining) { return remaining > 0 && --remaining == 0; }
@@ -136,81 +111,6 @@ CUresult perform(Stream& stream, std::function<CUresult()> work) {
     return stream.failed = work();
 }
 
-// ---------------------------------------------------------------------------------------------------------- memory
-
-bool is_red(const unsigned char* from, const unsigned char* to) {
-    for (; from != to; ++from) {
-        if (*from != RED) return false;
-    }
-    return true;
-}
-
-// Whether the bytes just before and behind the allocation are as they were.
-bool is_intact(uintptr_t start, const Allocation& own) {
-    const auto* data = reinterpret_cast<const unsigned char*>(start);
-    const auto* first = own.mapping + sysconf(_SC_PAGESIZE);
-    const auto* last = own.mapping + own.mapped - sysconf(_SC_PAGESIZE);
-    const size_t before = size_t(data - first) < RED_BYTES ? size_t(data - first) : RED_BYTES;
-    return is_red(data - before, data) && is_red(data + own.bytes, last);
-}
-
-// The allocation that holds all of these bytes.
-const Allocation* holder(CUdeviceptr start, size_t bytes) {
-    std::lock_guard guard(driver().lock);
-    auto after = driver().allocations.upper_bound(start);
-    if (after == driver().allocations.begin()) return nullptr;
-    --after;
-    return start + bytes <= after->first + after->second.bytes ? &after->second : nullptr;
-}
-
-CUresult allocate(CUdeviceptr* pointer, size_t bytes) {
-    if (bytes == 0) return complain(CUDA_ERROR_INVALID_VALUE, "an allocation of no bytes");
-    if (its_turn(allocations_until_failure)) return CUDA_ERROR_OUT_OF_MEMORY;
-    std::lock_guard guard(driver().lock);
-    if (bytes > memory_limit() || driver().used + bytes > memory_limit()) return CUDA_ERROR_OUT_OF_MEMORY;
-    const size_t page = size_t(sysconf(_SC_PAGESIZE)), rounded = (bytes + 15) / 16 * 16;
-    const size_t mapped = 2 * page + (rounded + page - 1) / page * page;
-    void* mapping = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapping == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
-    auto* start = static_cast<unsigned char*>(mapping);
-    // It ends where the guard page begins; fresh memory is not zero but not-a-number.
-    unsigned char* data = start + mapped - page - rounded;
-    memset(start + page, RED, data - start - page);
-    memset(data, 0xff, bytes < FRESH_BYTES ? bytes : FRESH_BYTES);
-    memset(data + bytes, RED, rounded - bytes);
-    mprotect(start, page, PROT_NONE);
-    mprotect(start + mapped - page, page, PROT_NONE);
-    driver().allocations[reinterpret_cast<uintptr_t>(data)] = {start, mapped, bytes};
-    driver().used += bytes;
-    *pointer = reinterpret_cast<uintptr_t>(data);
-    return CUDA_SUCCESS;
-}
-
-CUresult release(CUdeviceptr pointer) {
-    std::lock_guard guard(driver().lock);
-    const auto found = driver().allocations.find(pointer);
-    if (found == driver().allocations.end()) return complain(CUDA_ERROR_INVALID_VALUE, "frees what is not allocated");
-    const Allocation own = found->second;
-    driver().allocations.erase(found);
-    driver().used -= own.bytes;
-    madvise(own.mapping, own.mapped, MADV_DONTNEED);
-    mprotect(own.mapping, own.mapped, PROT_NONE);
-    driver().freed.push_back(own);
-    if (driver().freed.size() > 1024) {
-        munmap(driver().freed.front().mapping, driver().freed.front().mapped);
-        driver().freed.pop_front();
-    }
-    return CUDA_SUCCESS;
-}
-
-bool all_intact() {
-    std::lock_guard guard(driver().lock);
-    for (const auto& [start, own] : driver().allocations) {
-        if (!is_intact(start, own)) return false;
-    }
-    return true;
-}
-
 // --------------------------------------------------------------------------------------------------------- launches
 
 CUresult code_of(emulated::Outcome outcome) {
@@ -234,7 +134,7 @@ struct Launch {
         for (const auto& parameter : parameters) pointers.push_back(parameter.data());
         if (its_turn(launches_until_failure)) return CUDA_ERROR_LAUNCH_FAILED;
         const CUresult code = code_of(emulated::run(*kernel, grid, block, shared_bytes, pointers.data()));
-        if (code != CUDA_SUCCESS || all_intact()) return code;
+        if (code != CUDA_SUCCESS || memory::all_intact()) return code;
         fprintf(stderr, "emulated CUDA: kernel %s wrote just outside of an allocation\n", kernel->name);
         return CUDA_ERROR_ILLEGAL_ADDRESS;
     }
@@ -251,25 +151,6 @@ const char* wrong_shape(const Function& function, dim3 grid, dim3 block, unsigne
 
 } // namespace
 
-std::string emulated::describe_address(std::uintptr_t address) {
-    std::lock_guard guard(driver().lock);
-    char text[160];
-    for (const auto& [start, own] : driver().allocations) {
-        const auto mapping = reinterpret_cast<uintptr_t>(own.mapping);
-        if (address < mapping || address >= mapping + own.mapped) continue;
-        const bool before = address < start;
-        snprintf(text, sizeof text, "an address %zu bytes %s an allocation of %zu bytes",
-                 size_t(before ? start - address : address - start - own.bytes), before ? "before" : "behind", own.bytes);
-        return text;
-    }
-    for (const Allocation& own : driver().freed) {
-        const auto mapping = reinterpret_cast<uintptr_t>(own.mapping);
-        if (address >= mapping && address < mapping + own.mapped) return "memory that was freed";
-    }
-    snprintf(text, sizeof text, "address %#zx, which is not device memory", size_t(address));
-    return text;
-}
-
 // -------------------------------------------------------------------------------- what tests tell it, on their thread
 
 // The n-th of this thread's allocations (launches) from now on fails; 0: none does.
@@ -284,7 +165,7 @@ EXPORTED CUresult cuInit(unsigned) {
 }
 
 EXPORTED CUresult cuDriverGetVersion(int* version) {
-    *version = int(number_from_environment("RPT_EMULATED_DRIVER_VERSION", 13000));
+    *version = claimed_version();
     return CUDA_SUCCESS;
 }
 
@@ -306,7 +187,7 @@ EXPORTED CUresult cuDeviceGetName(char* name, int bytes, CUdevice) {
 }
 
 EXPORTED CUresult cuDeviceTotalMem(size_t* bytes, CUdevice) {
-    *bytes = memory_limit();
+    *bytes = memory::limit();
     return CUDA_SUCCESS;
 }
 
@@ -437,16 +318,16 @@ EXPORTED CUresult cuEventElapsedTime(float* milliseconds, CUevent from, CUevent 
 
 EXPORTED CUresult cuMemGetInfo(size_t* available, size_t* total) {
     NEEDS_CONTEXT;
-    std::lock_guard guard(driver().lock);
-    *total = memory_limit();
-    *available = memory_limit() - driver().used;
+    *total = memory::limit();
+    *available = memory::limit() - memory::used();
     return CUDA_SUCCESS;
 }
 
 EXPORTED CUresult cuMemAllocAsync(CUdeviceptr* pointer, size_t bytes, CUstream handle) {
     NEEDS_STREAM(handle);
     if (stream->capturing) return complain(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "an allocation within a graph");
-    return allocate(pointer, bytes);
+    if (its_turn(allocations_until_failure)) return CUDA_ERROR_OUT_OF_MEMORY;
+    return memory::allocate(pointer, bytes);
 }
 
 EXPORTED CUresult cuMemFreeAsync(CUdeviceptr pointer, CUstream handle) {
@@ -454,7 +335,7 @@ EXPORTED CUresult cuMemFreeAsync(CUdeviceptr pointer, CUstream handle) {
     const Stream* stream = stream_of(handle);
     if (stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (stream->capturing) return complain(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "a release within a graph");
-    return release(pointer);
+    return memory::release(pointer);
 }
 
 EXPORTED CUresult cuDeviceGetDefaultMemPool(CUmemoryPool* pool, CUdevice) {
@@ -487,8 +368,8 @@ EXPORTED CUresult cuMemFreeHost(void* pointer) {
 
 static CUresult copy(CUstream handle, void* to, const void* from, size_t bytes, bool to_device, bool from_device) {
     NEEDS_STREAM(handle);
-    const bool right_to = (holder(reinterpret_cast<CUdeviceptr>(to), bytes) != nullptr) == to_device;
-    const bool right_from = (holder(reinterpret_cast<CUdeviceptr>(from), bytes) != nullptr) == from_device;
+    const bool right_to = memory::holds(reinterpret_cast<CUdeviceptr>(to), bytes) == to_device;
+    const bool right_from = memory::holds(reinterpret_cast<CUdeviceptr>(from), bytes) == from_device;
     if (!right_to || !right_from) return complain(CUDA_ERROR_INVALID_VALUE, "a copy outside of any allocation");
     return perform(*stream, [=] {
         memmove(to, from, bytes);
@@ -508,7 +389,7 @@ EXPORTED CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, size_t byt
 
 EXPORTED CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream handle) {
     NEEDS_STREAM(handle);
-    if (holder(to, bytes) == nullptr) return complain(CUDA_ERROR_INVALID_VALUE, "fills outside of any allocation");
+    if (!memory::holds(to, bytes)) return complain(CUDA_ERROR_INVALID_VALUE, "fills outside of any allocation");
     return perform(*stream, [=] {
         memset(reinterpret_cast<void*>(to), value, bytes);
         return CUDA_SUCCESS;
@@ -538,6 +419,8 @@ EXPORTED CUresult cuModuleGetFunction(CUfunction* function, CUmodule handle, con
     *function = reinterpret_cast<CUfunction>(&module->functions.try_emplace(name, Function{kernel}).first->second);
     return CUDA_SUCCESS;
 }
+
+EXPORTED CUresult cuFuncLoad(CUfunction) { return context_is_current ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT; }
 
 EXPORTED CUresult cuFuncGetParamInfo(CUfunction handle, size_t index, size_t* offset, size_t* bytes) {
     const auto* kernel = reinterpret_cast<Function*>(handle)->kernel;

@@ -147,7 +147,7 @@ impl Emulator {
     }
 
     fn driver(&self) -> PathBuf {
-        let sources = [own_folder().join("driver.cpp"), own_folder().join("runtime.cpp")];
+        let sources = ["driver.cpp", "memory.cpp", "runtime.cpp"].map(|name| own_folder().join(name));
         self.once("libcuda", &sources, |command| {
             command.args(&sources).args(["-isystem", env!("RPT_CUDA_INCLUDE")]);
             command.args(["-Wl,-soname,libcuda.so", "-Wl,-z,defs"]);
