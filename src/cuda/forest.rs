@@ -372,7 +372,7 @@ mod tests {
         let stream = Stream::new(number, "forest plan");
         let draw = |at: usize, bound: usize| (stream.uniform(at as u64) * bound as f64) as usize;
         let mut forest = Forest::default();
-        for segment in 0..1 + draw(0, 40) {
+        for segment in 0..=draw(0, 40) {
             let length = [0, 1, 3, 17, 64, 65, 130, 400][draw(3 * segment + 1, 8)];
             let parent =
                 (segment > 0 && draw(3 * segment + 2, 10) > 0).then(|| draw(3 * segment + 3, segment));
@@ -449,7 +449,7 @@ mod tests {
                 let offset = first - segment.row;
                 assert_eq!(offset % TILE, 0);
                 assert_eq!(usize::from(tile.keys), (segment.length - offset).min(TILE));
-                assert_eq!(tile.begins_partial == 1, offset % PARTIAL_KEYS == 0);
+                assert_eq!(tile.begins_partial == 1, offset.is_multiple_of(PARTIAL_KEYS));
             }
             assert_eq!(covered, forest.ids().len());
         }
@@ -464,7 +464,9 @@ mod tests {
             trunk = forest.add(Some(trunk), &[0; 10]);
             pieces.push(trunk);
         }
-        pieces.iter().for_each(|piece| drop(forest.add(Some(*piece), &[0; 5])));
+        for piece in pieces {
+            forest.add(Some(piece), &[0; 5]);
+        }
         let keys = |plan: ForestPlan| plan.key_tiles.iter().map(|tile| tile.keys).collect::<Vec<_>>();
         // The last footer follows the trunk's 200 rows at once.
         let filled = keys(plan(&forest, 0, false).unwrap());

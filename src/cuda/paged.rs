@@ -436,7 +436,7 @@ mod tests {
                 page += positions.div_ceil(PAGE);
             }
             let mut queries = Vec::new();
-            for query in 0..1 + draw(1000, 90) {
+            for query in 0..=draw(1000, 90) {
                 let mut path = paths[draw(1001 + 2 * query, paths.len())].clone();
                 let positions = segments[path[path.len() - 1]].positions;
                 let mut visible = draw(1002 + 2 * query, positions + 1);
@@ -575,7 +575,9 @@ mod tests {
         let segments = [CachedSegment { first_page: 0, positions: 5, grows: false }; 3];
         let plan = |paths: &[&[usize]], grows: Option<usize>| {
             let mut segments = segments;
-            grows.into_iter().for_each(|at| segments[at].grows = true);
+            if let Some(at) = grows {
+                segments[at].grows = true;
+            }
             let queries: Vec<PagedQuery> =
                 paths.iter().enumerate().map(|(row, path)| PagedQuery { row, path, visible: 1 }).collect();
             PagedPlan::new(&segments, &queries, 1, Cut::Invariant).map(|plan| plan.partials)
