@@ -3,6 +3,8 @@
 use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
 use crate::corpus::CorpusError;
+#[cfg(feature = "cuda")]
+use crate::cuda::CudaError;
 use crate::hub::HubError;
 use crate::ledger::LedgerError;
 use crate::model::ModelError;
@@ -36,6 +38,10 @@ pub enum Error {
     /// A model could not be loaded or run.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// A GPU could not be had, or did not do what was asked.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
     /// A checkpoint could not be written or read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -63,6 +69,8 @@ impl Error {
             Self::Tokenize(error) => error.hint(),
             Self::Tasks(error) => error.hint(),
             Self::Model(error) => error.hint(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(error) => error.hint(),
             Self::Checkpoint(error) => error.hint(),
             Self::Ledger(error) => error.hint(),
             Self::Report(error) => error.hint(),

@@ -8,6 +8,8 @@ pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod corpus;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod error;
 pub mod eval;
 pub mod hub;
