@@ -5,7 +5,9 @@
 mod common;
 
 use common::{model, random_forest};
-use rpt::model::{Decoder, Dtype, Extension, Forest, Tape, Targets, TokenGradient, TokenScore, Workspace};
+use rpt::model::{
+    Decoder, Dtype, Extension, Forest, Products, Tape, Targets, TokenGradient, TokenScore, Workspace,
+};
 
 const VOCAB: u32 = 90;
 
@@ -293,4 +295,36 @@ fn stored_formats_change_the_weights_and_nothing_else() {
         assert_eq!(gradient(&stored, &forest), gradient(&widened, &forest));
         assert_eq!(loss(&stored, &forest).to_bits(), loss(&widened, &forest).to_bits());
     }
+}
+
+/// Products of bf16 are another class of bits, in which the same equalities hold.
+#[test]
+fn products_of_bf16_keep_the_equalities() {
+    let exact = model(3, VOCAB as usize);
+    let decoder = exact.clone().with_products(Products::Bf16).unwrap();
+    assert_eq!(decoder.parameters(), exact.parameters());
+    let forest = random_forest(800, u64::from(VOCAB));
+    let together = forward(&decoder, &forest, None);
+    assert_eq!(together, forward(&decoder, &forest, Some(&mut Tape::default())));
+    assert_ne!(together, forward(&exact, &forest, None));
+    let width = decoder.config().hidden_size;
+    for (at, segment) in forest.segments().iter().enumerate().filter(|(_, segment)| segment.length > 0) {
+        let mut alone = Forest::default();
+        alone.add(None, &path(&forest, at));
+        let own = &forward(&decoder, &alone, None)[segment.position * width..];
+        assert_eq!(own, &together[segment.row * width..][..segment.length * width]);
+    }
+    let rounded = gradient(&decoder, &forest);
+    assert_eq!(rounded, gradient_of(&decoder, &forest, true));
+    let products =
+        |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let full = gradient(&exact, &forest);
+    let cosine = products(&rounded, &full) / (products(&rounded, &rounded) * products(&full, &full)).sqrt();
+    assert!(cosine > 0.999, "{cosine}");
+}
+
+#[test]
+fn products_of_bf16_need_weights_of_bf16() {
+    let error = model(0, VOCAB as usize).with_products(Products::Bf16).unwrap_err();
+    assert!(error.hint().unwrap().contains("dtype"));
 }
