@@ -85,7 +85,9 @@ pub fn backward_rows(
             part
         })
         .collect();
-    parts.iter().for_each(|part| add(grad_weight, part));
+    for part in &parts {
+        add(grad_weight, part);
+    }
 }
 
 #[cfg(test)]

@@ -257,21 +257,23 @@ impl Packed {
         self.set_columns(0, matrix);
     }
 
-    /// A matrix of zeros for passing values, in the same memory.
+    /// A matrix of passing values of that shape, in the same memory.
     fn reshape(&mut self, inner: usize, columns: usize) {
         (self.inner, self.columns) = (inner, columns);
         if matches!(self.values, Values::Bf16(_) | Values::F16(_)) {
             self.values = Values::F32(Vec::new());
         }
-        for_values!(&mut self.values, panels => {
-            let size = steps(panels, inner) * LANES;
-            panels.resize(columns.div_ceil(LANES) * size, Default::default());
-            // Lanes without a column; the others are all written.
-            if !columns.is_multiple_of(LANES) {
-                let last = panels.len() - size;
-                panels[last..].fill(Default::default());
-            }
-        });
+        for_values!(&mut self.values, panels => reshape(panels, inner, columns));
+    }
+}
+
+/// Makes panels of that shape, with zeros in lanes that have no column; the others are to be written.
+fn reshape<T: Factor>(panels: &mut Vec<T>, inner: usize, columns: usize) {
+    let size = steps(panels, inner) * LANES;
+    panels.resize(columns.div_ceil(LANES) * size, T::default());
+    if !columns.is_multiple_of(LANES) {
+        let last = panels.len() - size;
+        panels[last..].fill(T::default());
     }
 }
 

@@ -143,9 +143,9 @@ pub(super) fn copy_block<'a>(
     copy.resize(rows.len() * pairs.len(), 0.0);
     let zeros = [0.0; ROWS_PER_TASK];
     for (pair, words) in pairs.clone().zip(copy.chunks_exact_mut(rows.len().max(1))) {
-        let row = |step: usize| match step < inner {
-            true => &left.values[step * left.inner_stride..][rows.clone()],
-            false => &zeros[..rows.len()],
+        let row = |step: usize| match left.values.get(step * left.inner_stride..) {
+            Some(values) if step < inner => &values[rows.clone()],
+            _ => &zeros[..rows.len()],
         };
         pair_rows(row(2 * pair), row(2 * pair + 1), words);
     }
@@ -213,7 +213,7 @@ multiversion! {
 /// of the matrix whose chains run over the columns. Steps past the end are zero.
 pub(super) fn transpose_panel(panels: &[Pair], inner: usize, columns: usize, first: usize, out: &mut [Pair]) {
     let size = LANES * inner.div_ceil(2);
-    let steps = first / 2..inner.div_ceil(2).min((first + LANES) / 2);
+    let steps = first / 2..inner.div_ceil(2).min(first / 2 + LANES / 2);
     out.fill(Pair::default());
     for (panel, out) in panels.chunks_exact(size).zip(out.chunks_mut(LANES * LANES / 2)) {
         for (at, step) in steps.clone().enumerate() {

@@ -128,7 +128,7 @@ impl Decoder {
         let HeadBuffers { inputs, scales, states, grad_states, grad_inputs, chunk } = buffers;
         let inputs = sized(inputs, rows.len() * hidden);
         for_each_row(inputs, hidden, |at, row| {
-            row.copy_from_slice(&tape.residual[rows[at] * hidden..][..hidden])
+            row.copy_from_slice(&tape.residual[rows[at] * hidden..][..hidden]);
         });
         let (scales, states) = (sized(scales, rows.len()), sized(states, inputs.len()));
         let weight = &self.weights.final_norm;
