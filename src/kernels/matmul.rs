@@ -8,7 +8,9 @@ use super::LANES;
 use super::packed::{Factor, Packed, Unpacked, for_values, steps};
 use super::pairs::{self, PairChains};
 use super::parallel::{Disjoint, for_each_item};
-use super::simd::{Isa, Lanes, has_bf16_products, isa};
+use super::simd::{Isa, Lanes, isa};
+#[cfg(target_arch = "x86_64")]
+use super::simd::{has_bf16_products, x86};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -338,96 +340,62 @@ unsafe fn tiles_at<T: Factor>(
     out_stride: usize,
     accumulate: bool,
 ) {
+    let tiles: unsafe fn(&Operands<T>, usize, usize, *mut f32, usize, bool) = match (isa(), T::STEPS) {
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512, 2) if has_bf16_products() => pairs_avx512,
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512 | Isa::Avx2, 2) => pairs_avx2,
+        (_, 2) => pairs_portable,
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512, _) => tiles_avx512,
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx2, _) => tiles_avx2,
+        _ => tiles_portable,
+    };
     // SAFETY: bounds by the caller's promise; `isa` names an instruction set only after detecting it.
-    unsafe {
-        match isa() {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 if T::STEPS == 2 && has_bf16_products() => {
-                tiles_bf16(operands, rows, panels, out, out_stride, accumulate);
-            }
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx2 if T::STEPS == 2 => {
-                tiles_pairs_avx2(operands, rows, panels, out, out_stride, accumulate);
-            }
-            _ if T::STEPS == 2 => {
-                sweep::<PairChains, T, 4>(operands, rows, panels, out, out_stride, accumulate);
-            }
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => tiles_avx512(operands, rows, panels, out, out_stride, accumulate),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => tiles_avx2(operands, rows, panels, out, out_stride, accumulate),
-            _ => tiles_portable(operands, rows, panels, out, out_stride, accumulate),
+    unsafe { tiles(operands, rows, panels, out, out_stride, accumulate) }
+}
+
+/// [`sweep`] with some lanes and rows, compiled for an instruction set.
+macro_rules! tiles_with {
+    ($(#[$attribute:meta])* $name:ident, $lanes:ty, $rows:literal) => {
+        $(#[$attribute])*
+        unsafe fn $name<T: Factor>(
+            operands: &Operands<T>,
+            rows: usize,
+            panels: usize,
+            out: *mut f32,
+            stride: usize,
+            accumulate: bool,
+        ) {
+            // SAFETY: bounds checked by `tiles`.
+            unsafe { sweep::<$lanes, T, $rows>(operands, rows, panels, out, stride, accumulate) }
         }
-    }
+    };
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,f16c,fma")]
-unsafe fn tiles_avx512<T: Factor>(
-    operands: &Operands<T>,
-    rows: usize,
-    panels: usize,
-    out: *mut f32,
-    stride: usize,
-    accumulate: bool,
-) {
-    // SAFETY: bounds checked by `tiles`.
-    unsafe { sweep::<super::simd::x86::Wide, T, 12>(operands, rows, panels, out, stride, accumulate) }
+tiles_with! {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512bf16,avx512f,avx512vl,avx512dq,avx512bw,avx2,f16c,fma")]
+    pairs_avx512, x86::WidePairs, 12
 }
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512bf16,avx512f,avx512vl,avx512dq,avx512bw,avx2,f16c,fma")]
-unsafe fn tiles_bf16<T: Factor>(
-    operands: &Operands<T>,
-    rows: usize,
-    panels: usize,
-    out: *mut f32,
-    stride: usize,
-    accumulate: bool,
-) {
-    // SAFETY: bounds checked by `tiles`.
-    unsafe { sweep::<super::simd::x86::WidePairs, T, 12>(operands, rows, panels, out, stride, accumulate) }
+tiles_with! {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,f16c,fma")]
+    pairs_avx2, PairChains, 4
 }
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,f16c,fma")]
-unsafe fn tiles_pairs_avx2<T: Factor>(
-    operands: &Operands<T>,
-    rows: usize,
-    panels: usize,
-    out: *mut f32,
-    stride: usize,
-    accumulate: bool,
-) {
-    // SAFETY: bounds checked by `tiles`.
-    unsafe { sweep::<PairChains, T, 4>(operands, rows, panels, out, stride, accumulate) }
+tiles_with! { pairs_portable, PairChains, 4 }
+tiles_with! {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,f16c,fma")]
+    tiles_avx512, x86::Wide, 12
 }
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,f16c,fma")]
-unsafe fn tiles_avx2<T: Factor>(
-    operands: &Operands<T>,
-    rows: usize,
-    panels: usize,
-    out: *mut f32,
-    stride: usize,
-    accumulate: bool,
-) {
-    // SAFETY: bounds checked by `tiles`.
-    unsafe { sweep::<super::simd::x86::Pair, T, 6>(operands, rows, panels, out, stride, accumulate) }
+tiles_with! {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,f16c,fma")]
+    tiles_avx2, x86::Pair, 6
 }
-
-unsafe fn tiles_portable<T: Factor>(
-    operands: &Operands<T>,
-    rows: usize,
-    panels: usize,
-    out: *mut f32,
-    stride: usize,
-    accumulate: bool,
-) {
-    // SAFETY: bounds checked by `tiles`.
-    unsafe { sweep::<[f32; 16], T, 4>(operands, rows, panels, out, stride, accumulate) }
-}
+tiles_with! { tiles_portable, [f32; 16], 4 }
 
 /// Covers rows and panels with register tiles of at most `ROWS` rows and two panels.
 #[inline(always)]

@@ -209,13 +209,13 @@ impl Packed {
         if self.products() == products {
             return;
         }
-        let dtype = Dtype::Bf16;
-        let (mut columns, mut repacked) =
-            (vec![0.0; self.inner * LANES], Self::zeros(dtype, self.inner, self.columns));
-        if products == Products::Bf16 {
-            repacked.values =
-                Values::Pairs(vec![Pair::default(); pad(self.columns) * self.inner.div_ceil(2)]);
-        }
+        let lanes = pad(self.columns);
+        let values = match products {
+            Products::F32 => Values::Bf16(vec![bf16::ZERO; lanes * self.inner]),
+            Products::Bf16 => Values::Pairs(vec![Pair::default(); lanes * self.inner.div_ceil(2)]),
+        };
+        let mut repacked = Self { values, ..*self };
+        let mut columns = vec![0.0; self.inner * LANES];
         for first in (0..self.columns).step_by(LANES) {
             let count = LANES.min(self.columns - first);
             for (at, out) in columns.chunks_exact_mut(self.inner.max(1)).take(count).enumerate() {
@@ -228,9 +228,10 @@ impl Packed {
 
     /// Makes this a matrix of passing values whose products are computed in that way.
     pub fn set_passing(&mut self, products: Products) {
+        if self.products() == products {
+            return;
+        }
         let values = match products {
-            Products::F32 if matches!(self.values, Values::F32(_)) => return,
-            Products::Bf16 if matches!(self.values, Values::Pairs(_)) => return,
             Products::F32 => Values::F32(Vec::new()),
             Products::Bf16 => Values::Pairs(Vec::new()),
         };

@@ -5,6 +5,9 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 
+/// Rows whose keys and values threads write together.
+const ROWS_TO_SHARE: usize = 256;
+
 /// A node of the prefix tree: a segment whose keys and values are cached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(usize);
@@ -244,7 +247,9 @@ impl KvCache {
         let (key_page, value_page) = (self.geometry.key_page(), self.geometry.value_page());
         let kv_heads = self.geometry.kv_heads;
         let buffers = self.keys[layer].par_iter_mut().zip(self.values[layer].par_iter_mut());
-        buffers.enumerate().for_each(|(head, (keys, values))| {
+        // A step of decoding writes too little to share.
+        let heads_per_task = if places.len() < ROWS_TO_SHARE { kv_heads } else { 1 };
+        buffers.with_min_len(heads_per_task).enumerate().for_each(|(head, (keys, values))| {
             for Place { row, page, lane } in places {
                 let row = &rows[row * width + offset..(row + 1) * width];
                 let target = &mut keys[page * key_page..][..key_page];
