@@ -1,6 +1,8 @@
 //! Launches of the attention kernels: over planned forests, forward and backward, and over pages.
 
 use super::forest::{ForestPlan, TILE};
+use super::gemm::Element;
+use super::lengths::room;
 use super::paged::PagedPlan;
 use super::{Buffer, CudaError, Device, Launch, Number, Result, Shape, Slice, SliceMut};
 use crate::kernels::attention::Geometry;
@@ -11,22 +13,10 @@ pub(super) const THREADS: usize = 128;
 /// The sizes of heads that there are kernels for; others take the next.
 const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
 
-/// A number format that attention calculates with.
-pub trait Stored: Number {
-    /// As kernels' names have it.
-    const NAME: &'static str;
-}
-impl Stored for f32 {
-    const NAME: &'static str = "f32";
-}
-impl Stored for bf16 {
-    const NAME: &'static str = "bf16";
-}
-
 /// A number format of cached keys and values; `u8` is e4m3.
 pub trait Cached: Number {
     /// What it is widened to.
-    type Widened: Stored;
+    type Widened: Element;
     /// As kernels' names have it.
     const NAME: &'static str;
 }
@@ -255,7 +245,7 @@ impl Attention {
     ///
     /// # Errors
     /// When a buffer is too short, or the device has failed.
-    pub fn forest<T: Stored>(
+    pub fn forest<T: Element>(
         &self,
         tables: &ForestTables,
         inputs: &ForestInputs<T>,
@@ -282,7 +272,7 @@ impl Attention {
     ///
     /// # Errors
     /// When a buffer is too short, or the device has failed.
-    pub fn forest_backward<T: Stored>(
+    pub fn forest_backward<T: Element>(
         &self,
         tables: &ForestTables,
         inputs: &ForestInputs<T>,
@@ -297,7 +287,7 @@ impl Attention {
         self.query_gradients(tables, inputs, saved, gradients)
     }
 
-    fn check_inputs<T: Stored>(&self, tables: &ForestTables, inputs: &ForestInputs<T>) -> Result<()> {
+    fn check_inputs<T: Element>(&self, tables: &ForestTables, inputs: &ForestInputs<T>) -> Result<()> {
         room("queries, keys and values", tables.rows * self.qkv_width(), inputs.qkv.len())?;
         aligned("queries, keys and values", inputs.qkv, 0)?;
         let needed = |stride: usize| match tables.prefix_rows {
@@ -315,7 +305,7 @@ impl Attention {
         }
     }
 
-    fn check_gradients<T: Stored>(
+    fn check_gradients<T: Element>(
         &self,
         tables: &ForestTables,
         saved: &ForestSaved<T>,
@@ -337,7 +327,7 @@ impl Attention {
         gradients.carried.as_ref().map_or(Ok(()), |sums| room("carried gradients", carried, sums.len()))
     }
 
-    fn deltas<T: Stored>(
+    fn deltas<T: Element>(
         &self,
         tables: &ForestTables,
         saved: &ForestSaved<T>,
@@ -352,7 +342,7 @@ impl Attention {
         unsafe { launch.value((tables.query_tiles * TILE) as u32).launch() }
     }
 
-    fn key_gradients<T: Stored>(
+    fn key_gradients<T: Element>(
         &self,
         tables: &ForestTables,
         inputs: &ForestInputs<T>,
@@ -383,7 +373,7 @@ impl Attention {
         unsafe { launch.value(kv_heads as u32).value(head_dim as u32).launch() }
     }
 
-    fn query_gradients<T: Stored>(
+    fn query_gradients<T: Element>(
         &self,
         tables: &ForestTables,
         inputs: &ForestInputs<T>,
@@ -445,7 +435,7 @@ impl Attention {
 
     /// # Safety
     /// As [`Attention::paged`].
-    unsafe fn merge<T: Stored>(
+    unsafe fn merge<T: Element>(
         &self,
         tables: &PagedTables,
         statistics: &SliceMut<f32>,
@@ -514,7 +504,7 @@ impl Attention {
     }
 
     /// Queries, keys, values, and those of the prefix.
-    fn keys<'a, T: Stored>(&self, launch: Launch<'a>, inputs: &ForestInputs<'a, T>) -> Result<Launch<'a>> {
+    fn keys<'a, T: Element>(&self, launch: Launch<'a>, inputs: &ForestInputs<'a, T>) -> Result<Launch<'a>> {
         let (queries, keys) = (self.width(self.geometry.heads), self.width(self.geometry.kv_heads));
         let stride = self.qkv_width();
         let part = |start: usize| inputs.qkv.slice(start.min(inputs.qkv.len())..);
@@ -533,14 +523,7 @@ impl Attention {
         carried: Option<Slice<'a, f32>>,
     ) -> Launch<'a> {
         let launch = launch.write(own).value(self.qkv_width() as u32);
-        let launch = match prefix {
-            Some(prefix) => launch.write(prefix),
-            None => launch.missing(),
-        };
-        match carried {
-            Some(carried) => launch.read(carried),
-            None => launch.missing(),
-        }
+        launch.write_optional(prefix).read_optional(carried)
     }
 
     fn heads<'a>(&self, launch: Launch<'a>) -> Launch<'a> {
@@ -554,7 +537,7 @@ impl Attention {
 }
 
 /// The gradient of the output, log-sums and deltas.
-fn statistics<'a, T: Stored>(
+fn statistics<'a, T: Element>(
     launch: Launch<'a>,
     tables: &ForestTables,
     saved: &ForestSaved<'a, T>,
@@ -575,8 +558,4 @@ fn aligned<T: Number>(what: &str, rows: Slice<T>, stride: usize) -> Result<()> {
             "{what}: their start, or the distance of {stride} elements between rows, is no multiple of 16 bytes"
         ),
     })
-}
-
-pub(super) fn room(what: &'static str, expected: usize, found: usize) -> Result<()> {
-    if found < expected { Err(CudaError::Length { what, expected, found }) } else { Ok(()) }
 }

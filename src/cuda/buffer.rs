@@ -3,7 +3,9 @@
 use super::device::{Context, Device, check, handle, locked};
 use super::error::{CudaError, Result};
 use super::event::Event;
+use super::lengths::same_length;
 use cudarc::driver::sys::{self, CUresult};
+use std::any::TypeId;
 use std::marker::PhantomData;
 use std::ops::{Bound, RangeBounds};
 use std::sync::{Arc, Mutex};
@@ -238,6 +240,17 @@ impl<'a, T: Number> Slice<'a, T> {
     pub fn slice(&self, range: impl RangeBounds<usize>) -> Result<Slice<'a, T>> {
         let (start, count) = place(range, self.count)?;
         Ok(Slice { start: self.start + start, count, ..*self })
+    }
+
+    /// The same where `U` is the type that these numbers have.
+    pub(super) fn typed<U: Number>(&self) -> Option<Slice<'a, U>> {
+        let Self { allocation, start, count, .. } = *self;
+        (TypeId::of::<T>() == TypeId::of::<U>()).then_some(Slice {
+            allocation,
+            start,
+            count,
+            element: PhantomData,
+        })
     }
 
     /// The address on the device.
@@ -498,10 +511,6 @@ impl Drop for PinnedMemory {
             let _ = check("cuMemFreeHost", unsafe { sys::cuMemFreeHost(self.pointer.cast()) });
         }
     }
-}
-
-fn same_length(what: &'static str, expected: usize, found: usize) -> Result<()> {
-    if expected == found { Ok(()) } else { Err(CudaError::Length { what, expected, found }) }
 }
 
 /// Start and length of a range within `count` elements.

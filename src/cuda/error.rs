@@ -91,6 +91,16 @@ pub enum CudaError {
         /// Elements that were asked for.
         found: usize,
     },
+    /// An index names what there is not.
+    #[error("{what}: index {index}, where there are {count}")]
+    Index {
+        /// What is counted.
+        what: &'static str,
+        /// The largest index.
+        index: usize,
+        /// How many there are.
+        count: usize,
+    },
     /// What cannot be done while a graph is recorded was asked for then.
     #[error("{what} cannot be part of a CUDA graph")]
     Recording {

@@ -11,7 +11,7 @@ use super::error::{CudaError, Result};
 use super::module::Shape;
 use half::bf16;
 
-/// A type of numbers that matrices are made of.
+/// A type of numbers that models calculate with.
 pub trait Element: Number {
     /// Its part in the names of kernels.
     #[doc(hidden)]
@@ -23,6 +23,11 @@ impl Element for f32 {
 }
 impl Element for bf16 {
     const NAME: &'static str = "bf16";
+}
+
+/// How kernels' names end that take a gradient of `G` and everything else of `T`.
+pub(super) fn gradient_suffix<G: Element, T: Element>() -> String {
+    if G::NAME == T::NAME { T::NAME.to_owned() } else { format!("{}_{}", G::NAME, T::NAME) }
 }
 
 /// A type of numbers that products of matrices of `T` are stored in.

@@ -248,6 +248,22 @@ impl<'a> Launch<'a> {
         self.push(slice.address(), 8)
     }
 
+    /// As [`Launch::read`], or a null pointer.
+    pub fn read_optional<T: Number>(self, slice: Option<impl Into<Slice<'a, T>>>) -> Self {
+        match slice {
+            Some(slice) => self.read(slice),
+            None => self.missing(),
+        }
+    }
+
+    /// As [`Launch::write`], or a null pointer.
+    pub fn write_optional<T: Number>(self, slice: Option<impl Into<SliceMut<'a, T>>>) -> Self {
+        match slice {
+            Some(slice) => self.write(slice),
+            None => self.missing(),
+        }
+    }
+
     /// A null pointer, where the kernel takes memory that may be missing.
     pub fn missing(self) -> Self {
         self.push(0, 8)

@@ -1,6 +1,8 @@
 //! Keys and values on their way into pages of eight-bit numbers (e4m3), with a scale for each page and head.
 
-use super::attention::{Attention, Stored, THREADS, room};
+use super::attention::{Attention, THREADS};
+use super::gemm::Element;
+use super::lengths::room;
 use super::paged::PAGE;
 use super::{CudaError, Result, Shape, Slice, SliceMut};
 use crate::kernels::attention::Geometry;
@@ -27,7 +29,7 @@ impl Attention {
     ///
     /// # Safety
     /// All slots must lie within the pages.
-    pub unsafe fn store_quantized<T: Stored>(
+    pub unsafe fn store_quantized<T: Element>(
         &self,
         qkv: Slice<T>,
         slots: Slice<i32>,

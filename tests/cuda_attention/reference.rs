@@ -1,15 +1,15 @@
 //! Attention and its gradients in f64, and forests to try them on.
 
 use half::bf16;
-use rpt::cuda::attention::{Attention, ForestInputs, ForestTables, Stored};
+use rpt::cuda::attention::{Attention, ForestInputs, ForestTables};
 use rpt::cuda::forest::{ForestPlan, Planning};
-use rpt::cuda::{Buffer, Device, Slice, SliceMut};
+use rpt::cuda::{Buffer, Device, Element, Slice, SliceMut};
 use rpt::kernels::attention::Geometry;
 use rpt::model::Forest;
 use rpt::random::Stream;
 
 /// A stored number that tests make and read.
-pub(crate) trait Format: Stored {
+pub(crate) trait Format: Element {
     fn of(value: f32) -> Self;
     fn value(self) -> f32;
     /// What an output may be off by, relative to what is usual.
