@@ -44,6 +44,7 @@ impl Runs {
     /// # Errors
     /// As [`Indices::upload`].
     pub fn new(device: &Device, targets: &[u32]) -> Result<Self> {
+        side("add_rows_by_run", targets.len())?;
         let mut order: Vec<usize> = (0..targets.len()).collect();
         order.sort_by_key(|row| targets[*row]);
         let (mut starts, mut distinct) = (Vec::new(), Vec::new());

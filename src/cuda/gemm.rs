@@ -11,8 +11,8 @@ use super::error::{CudaError, Result};
 use super::module::Shape;
 use half::bf16;
 
-/// A type of numbers that models calculate with.
-pub trait Element: Number {
+/// A type of numbers that models calculate with. Products of its matrices may be stored in it, and in f32.
+pub trait Element: Number + SummedIn<Self> + SummedIn<f32> {
     /// Its part in the names of kernels.
     #[doc(hidden)]
     const NAME: &'static str;
@@ -25,16 +25,21 @@ impl Element for bf16 {
     const NAME: &'static str = "bf16";
 }
 
+/// [`Sum`] seen from the operands: what every element promises.
+#[doc(hidden)]
+pub trait SummedIn<U> {}
+impl SummedIn<f32> for f32 {}
+impl SummedIn<f32> for bf16 {}
+impl SummedIn<bf16> for bf16 {}
+
+/// A type of numbers that products of matrices of `T` are stored in: `T` itself, or f32.
+pub trait Sum<T>: Element {}
+impl<T: SummedIn<U>, U: Element> Sum<T> for U {}
+
 /// How kernels' names end that take a gradient of `G` and everything else of `T`.
 pub(super) fn gradient_suffix<G: Element, T: Element>() -> String {
     if G::NAME == T::NAME { T::NAME.to_owned() } else { format!("{}_{}", G::NAME, T::NAME) }
 }
-
-/// A type of numbers that products of matrices of `T` are stored in.
-pub trait Sum<T>: Element {}
-impl Sum<f32> for f32 {}
-impl Sum<bf16> for f32 {}
-impl Sum<bf16> for bf16 {}
 
 /// A matrix to read, row after row.
 #[derive(Clone, Copy, Debug)]

@@ -18,11 +18,8 @@ pub(super) fn rows_of(what: &'static str, elements: usize, columns: usize) -> Re
     if columns > 0 && elements.is_multiple_of(columns) {
         return Ok(elements / columns);
     }
-    Err(CudaError::Length {
-        what,
-        expected: elements.next_multiple_of(columns.max(1)).max(1),
-        found: elements,
-    })
+    let expected = elements.div_ceil(columns.max(1)).saturating_mul(columns).max(1);
+    Err(CudaError::Length { what, expected, found: elements })
 }
 
 /// A number of elements, rows or columns as kernels take it.

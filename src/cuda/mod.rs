@@ -40,6 +40,7 @@ pub mod paged;
 pub mod quantized;
 pub mod reduce;
 pub mod rotary;
+pub mod sampling;
 pub mod swiglu;
 
 pub use buffer::{Buffer, Number, Pinned, Slice, SliceMut};
