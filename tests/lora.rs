@@ -188,7 +188,7 @@ fn an_update_trains_the_adapter_and_nothing_else() {
         for _ in 0..20 {
             trainer.update(&batch, &PolicyLoss::new(&TrainConfig::default()), 1.0, None).unwrap();
         }
-        let trained = trainer.into_decoder();
+        let trained = trainer.into_decoder().unwrap();
         assert!(objective(&trained, &forest) > before + 1.0);
         let merged = tempfile::tempdir().unwrap();
         trained.save(merged.path(), &[1], None).unwrap();

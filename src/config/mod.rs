@@ -12,7 +12,7 @@ pub use corpus::{CorpusConfig, Decontamination, Deduplication, MixtureSource, No
 pub use load::{ConfigError, Loaded, load, parse};
 
 use crate::kernels::dtype::{Dtype, Products};
-use crate::model::MODULES;
+use crate::model::{DeviceName, MODULES};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -106,6 +106,13 @@ pub struct ModelConfig {
     /// with `AVX512_BF16`, slower on others.
     #[serde(default)]
     pub products: Products,
+    /// Where the model computes: `cpu`, `cuda`, or `cuda:1` for the second of several devices.
+    #[serde(default)]
+    pub device: DeviceName,
+    /// On a device: give rows the same bits in every batch, and training those of decoding, as they
+    /// always have on the CPU. Slower: own kernels instead of the vendor's products.
+    #[serde(default)]
+    pub batch_invariant: bool,
     /// Train a low-rank adapter instead of the model's own weights.
     #[serde(default)]
     pub lora: Option<LoraConfig>,
@@ -668,8 +675,9 @@ pub struct RunConfig {
     /// Tokens that one micro-batch of a training step may hold.
     pub tokens_per_micro_batch: usize,
     /// Bytes of activations that a step may keep; a micro-batch that needs more computes its layers
-    /// again in the backward pass, with the same result.
-    pub activation_bytes: u64,
+    /// again in the backward pass, with the same result. Default: 2 GiB on the CPU, and on a device
+    /// what is free there.
+    pub activation_bytes: Option<u64>,
     /// Stop when thinking collapses (otherwise it is reported only).
     pub stop_on_collapse: bool,
 }
@@ -681,7 +689,7 @@ impl Default for RunConfig {
             keep_checkpoints: 2,
             logged_rollouts: 1.0,
             tokens_per_micro_batch: 4096,
-            activation_bytes: 2 << 30,
+            activation_bytes: None,
             stop_on_collapse: false,
         }
     }

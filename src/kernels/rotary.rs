@@ -58,11 +58,14 @@ impl RotaryTable {
         self.frequencies.inverse.len()
     }
 
-    /// Cosines and sines of one position.
-    fn at(&self, position: usize) -> (&[f32], &[f32]) {
+    /// Cosines, then sines, of one position: as many numbers as a head has elements.
+    ///
+    /// # Panics
+    /// When the table does not cover the position.
+    pub fn angles(&self, position: usize) -> &[f32] {
         let (chunk, row) = (position / CHUNK, position % CHUNK);
         let chunk_values = self.chunks[chunk].get_or_init(|| self.compute(chunk * CHUNK));
-        chunk_values[row * 2 * self.half()..][..2 * self.half()].split_at(self.half())
+        &chunk_values[row * 2 * self.half()..][..2 * self.half()]
     }
 
     fn compute(&self, first: usize) -> Box<[f32]> {
@@ -89,7 +92,7 @@ impl RotaryTable {
     }
 
     fn turn(&self, row: &mut [f32], position: usize, direction: f32) {
-        let (cosines, sines) = self.at(position);
+        let (cosines, sines) = self.angles(position).split_at(self.half());
         for head in row.chunks_exact_mut(2 * self.half()) {
             let (first, second) = head.split_at_mut(self.half());
             for i in 0..cosines.len() {

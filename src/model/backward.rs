@@ -111,8 +111,8 @@ impl Decoder {
         // Twice the forward pass for the gradients of inputs and weights; the head's forward pass
         // is part of this one.
         let passes = if tape.recompute { 3 } else { 2 };
-        let head = 3 * self.head_flops(targets.rows.len());
-        workspace.flops += passes * self.layer_flops(tape.ids.len(), pairs) + head;
+        let head = 3 * self.config().head_flops(targets.rows.len());
+        workspace.flops += passes * self.config().layer_flops(tape.ids.len(), pairs) + head;
     }
 
     fn head_backward(

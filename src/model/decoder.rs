@@ -4,8 +4,9 @@ use super::backward::BackwardBuffers;
 use super::cache::Place;
 use super::layout::{Matrix, Vector};
 use super::lora::Adapter;
+use super::placement::Placement;
 use super::weights::{LayerWeights, Weights};
-use super::{DecoderConfig, Dtype, Extension, KvCache, Layout, ModelError, Products, RopeScaling};
+use super::{DecoderConfig, Dtype, Extension, KvCache, Layout, ModelError, Products};
 use crate::kernels::attention::{self, Tile};
 use crate::kernels::elementary::add;
 use crate::kernels::head::{self, TokenScore};
@@ -24,6 +25,7 @@ pub struct Decoder {
     pub(super) weights: Weights,
     pub(super) rotary: RotaryTable,
     pub(super) adapter: Option<Adapter>,
+    pub(super) placement: Placement,
 }
 
 /// Buffers of the forward pass, kept between calls.
@@ -98,7 +100,7 @@ impl Decoder {
 
     pub(super) fn of_weights(config: DecoderConfig, layout: Layout, weights: Weights) -> Self {
         let rotary = RotaryTable::new(&config.rotary(), config.max_positions);
-        Self { config, layout, weights, rotary, adapter: None }
+        Self { config, layout, weights, rotary, adapter: None, placement: Placement::default() }
     }
 
     /// The configuration.
@@ -174,6 +176,7 @@ impl Decoder {
     /// When the number of parameters is another.
     pub fn set_parameters(&mut self, parameters: &[f32]) {
         assert_eq!(self.trainable().len(), parameters.len(), "parameters do not fit the configuration");
+        self.placement.invalidate();
         if let Some(adapter) = &mut self.adapter {
             adapter.values.copy_from_slice(parameters);
             return adapter.merge_into(&mut self.weights);
@@ -204,7 +207,8 @@ impl Decoder {
         workspace: &mut Workspace,
         mut tape: Option<&mut Tape>,
     ) -> Result<(), ModelError> {
-        self.check(ids, extensions, cache)?;
+        let lengths = extensions.iter().map(|extension| cache.path_length(extension.node));
+        self.config.check(ids, lengths.max().unwrap_or(0))?;
         let hidden = self.config.hidden_size;
         let tiles = cache.tiles(extensions);
         set_positions(&mut workspace.positions, ids.len(), extensions, cache);
@@ -228,7 +232,7 @@ impl Decoder {
             self.layer(layer, &tiles, cache, workspace, whole);
         }
         let pairs: usize = tiles.iter().map(Tile::pairs).sum();
-        workspace.flops += self.layer_flops(ids.len(), pairs);
+        workspace.flops += self.config.layer_flops(ids.len(), pairs);
         if let Some(tape) = tape {
             copy_to(&mut tape.residual, &workspace.x);
             tape.positions.clone_from(&workspace.positions);
@@ -236,20 +240,6 @@ impl Decoder {
             tape.tiles = tiles;
         }
         Ok(())
-    }
-
-    fn check(&self, ids: &[u32], extensions: &[Extension], cache: &KvCache) -> Result<(), ModelError> {
-        let vocabulary = self.config.vocab_size;
-        if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
-            return Err(ModelError::BadToken { id: *id, vocabulary });
-        }
-        let limit = self.config.max_positions;
-        let length = extensions.iter().map(|extension| cache.path_length(extension.node)).max().unwrap_or(0);
-        match self.config.rope_scaling {
-            _ if length <= limit => Ok(()),
-            RopeScaling::Dynamic { .. } => Err(ModelError::DynamicRotary { length, limit }),
-            _ => Err(ModelError::TooLong { length, limit }),
-        }
     }
 
     /// One layer on `workspace.x`; keys and values go to `workspace.places` of the cache.
@@ -372,7 +362,7 @@ impl Decoder {
         let rows = hidden.len() / self.config.hidden_size;
         let out = sized(out, rows * self.config.vocab_size);
         self.weights.head.logits(hidden, rows, out);
-        workspace.flops += self.head_flops(rows);
+        workspace.flops += self.config.head_flops(rows);
     }
 
     /// Log-probability and entropy of one target for each normalised hidden state.
@@ -383,7 +373,7 @@ impl Decoder {
         inverse_temperature: f32,
         workspace: &mut Workspace,
     ) -> Vec<TokenScore> {
-        workspace.flops += self.head_flops(targets.len());
+        workspace.flops += self.config.head_flops(targets.len());
         head::score(&self.weights.head, hidden, targets, inverse_temperature)
     }
 
@@ -394,20 +384,6 @@ impl Decoder {
         let attention = c.qkv_width() + before_norm + c.heads * (c.head_dim + 1);
         let values = 2 * (c.hidden_size + 1) + attention + 2 * c.intermediate_size;
         c.layers * values * size_of::<f32>()
-    }
-
-    /// Operations of the layers' forward pass: 2 for each weight and row, 4 for each pair of query
-    /// and visible key and element of a head.
-    pub(super) fn layer_flops(&self, rows: usize, pairs: usize) -> u64 {
-        let c = &self.config;
-        let queries = c.heads * c.head_dim;
-        let matrices = c.hidden_size * (c.qkv_width() + queries + 3 * c.intermediate_size);
-        (c.layers * (2 * rows * matrices + 4 * pairs * queries)) as u64
-    }
-
-    /// Operations of the head's forward pass.
-    pub(super) fn head_flops(&self, rows: usize) -> u64 {
-        (2 * rows * self.config.vocab_size * self.config.hidden_size) as u64
     }
 }
 

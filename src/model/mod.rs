@@ -5,12 +5,15 @@ mod backward;
 mod cache;
 mod config;
 mod decoder;
+#[cfg(feature = "cuda")]
+pub mod device;
 mod files;
 mod forest;
 mod init;
 mod layout;
 mod lora;
 mod peft;
+mod placement;
 mod tensors;
 mod weights;
 
@@ -24,6 +27,8 @@ pub use files::{SHARD_BYTES, directory_digest};
 pub use forest::{Forest, Segment};
 pub use layout::{Layout, Parameter, Role};
 pub use lora::{LoraShape, MODULES};
+pub(crate) use placement::on_device;
+pub use placement::{DeviceName, DeviceSettings, OnDevice};
 
 use std::path::{Path, PathBuf};
 
@@ -88,6 +93,23 @@ pub enum ModelError {
         /// Their format.
         dtype: &'static str,
     },
+    /// The weights' format has no kernels on a device.
+    #[error("weights of {dtype} cannot be used on a CUDA device")]
+    DeviceDtype {
+        /// Their format.
+        dtype: &'static str,
+    },
+    /// A CUDA device was asked for, and this program cannot use one.
+    #[error("this rpt was built without CUDA")]
+    NoCuda,
+    /// A CUDA device failed or could not be had.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] crate::cuda::CudaError),
+    /// A batch cannot be laid out on a device.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Forest(#[from] crate::cuda::forest::ForestError),
     /// A prompt holds no token.
     #[error("prompt {ordinal} holds no token to continue")]
     EmptyPrompt {
@@ -138,6 +160,14 @@ impl ModelError {
                     .into(),
             ),
             Self::Products { .. } => Some("set model.dtype (--dtype) to bf16 as well".into()),
+            Self::DeviceDtype { .. } => Some("set model.dtype (--dtype) to bf16 or f32".into()),
+            Self::NoCuda => Some(
+                "build it with --features cuda (README: CUDA), or use device = \"cpu\"".into(),
+            ),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(error) => error.hint(),
+            #[cfg(feature = "cuda")]
+            Self::Forest(error) => Some(error.hint()),
             Self::EmptyPrompt { .. } => {
                 Some("give some text, or use a tokenizer with a start token (tokenizer.bos)".into())
             }

@@ -114,7 +114,7 @@ pub(super) fn reinforce(
         }
     }
     progress.finish();
-    Ok(this.stage.finish())
+    this.stage.finish()
 }
 
 impl<'run> Reinforcement<'run> {

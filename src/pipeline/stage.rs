@@ -119,10 +119,9 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
         let mut trainer = Trainer::resume(decoder, parameters, optimizer, updates)?;
         trainer.activation_bytes = run.pipeline.run.activation_bytes;
         let saved = checkpoint.tensors("optimizer")?;
-        for (tensor, values) in trainer.optimizer_mut().state_mut() {
-            saved.read_into(&tensor, values)?;
-        }
-        trainer.optimizer_mut().set_step_count(checkpoint.json("optimizer_steps")?);
+        trainer.restore(checkpoint.json("optimizer_steps")?, |tensor, values| {
+            Ok::<_, Error>(saved.read_into(tensor, values)?)
+        })?;
         run.log.say(format!("{name}: going on from step {} of {}", state.step, state.steps));
         let metrics = run.metrics_at(name, state.metrics_bytes)?;
         Ok(Opened::Open(Box::new(Self { run, name, trainer, state, metrics, store, since: Instant::now() })))
@@ -148,7 +147,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
         self.state.seconds += self.since.elapsed().as_secs_f64();
         self.since = Instant::now();
         let (trainer, state) = (&self.trainer, &self.state);
-        let decoder = trainer.decoder();
+        let (decoder, saved) = (trainer.decoder(), trainer.state()?);
         let shapes: Vec<Vec<usize>> =
             decoder.trainable().parameters().iter().map(crate::model::Parameter::shape).collect();
         let weights: Vec<TensorView> = decoder
@@ -159,12 +158,12 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
             .map(|(parameter, shape)| TensorView {
                 name: &parameter.name,
                 shape,
-                data: &trainer.parameters()[parameter.range.clone()],
+                data: &saved.parameters[parameter.range.clone()],
             })
             .collect();
-        let moments = trainer.optimizer().state();
-        let lengths: Vec<[usize; 1]> = moments.iter().map(|(_, values)| [values.len()]).collect();
-        let moments: Vec<TensorView> = moments
+        let lengths: Vec<[usize; 1]> = saved.optimizer.iter().map(|(_, values)| [values.len()]).collect();
+        let moments: Vec<TensorView> = saved
+            .optimizer
             .iter()
             .zip(&lengths)
             .map(|((name, data), shape)| TensorView { name, shape, data })
@@ -173,7 +172,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
         let committed = self.store.commit(state.step, &self.run.identity, |writer| {
             writer.tensors("model", &weights)?;
             writer.tensors("optimizer", &moments)?;
-            writer.json("optimizer_steps", &trainer.optimizer().step_count())?;
+            writer.json("optimizer_steps", &saved.updates)?;
             writer.json("config", &config)?;
             writer.json("state", state)
         })?;
@@ -184,8 +183,11 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
     }
 
     /// Ends the stage.
-    pub(super) fn finish(self) -> Finished<S> {
-        Finished { decoder: self.trainer.into_decoder(), state: self.state }
+    ///
+    /// # Errors
+    /// When the decoder's device has failed.
+    pub(super) fn finish(self) -> Result<Finished<S>, Error> {
+        Ok(Finished { decoder: self.trainer.into_decoder()?, state: self.state })
     }
 }
 

@@ -64,7 +64,7 @@ pub(super) fn run_supervised<E: Examples>(
         }
     }
     progress.finish();
-    Ok(stage.finish())
+    stage.finish()
 }
 
 fn supervised_step(stage: &mut Stage<Cursor>, examples: &mut impl Examples) -> Result<f64, Error> {

@@ -4,7 +4,11 @@
 pub mod advantage;
 mod algorithm;
 mod batch;
+#[cfg(feature = "cuda")]
+mod device;
+mod host;
 pub mod loss;
+mod objective;
 pub mod optimizer;
 pub mod schedule;
 mod supervised;
@@ -12,5 +16,6 @@ mod trainer;
 
 pub use algorithm::{ScoredGroup, policy_batches};
 pub use batch::{Component, MicroBatch, Target};
+pub use objective::{LARGE_MISMATCH, Totals};
 pub use supervised::{Example, supervised_batches};
-pub use trainer::{Totals, TrainError, Trainer, UpdateStats, UpdateTimes};
+pub use trainer::{TrainError, Trainer, TrainerState, UpdateStats, UpdateTimes};

@@ -1,21 +1,17 @@
-//! The trainer: executes micro-batches and updates the decoder.
+//! The trainer: executes micro-batches and updates the decoder, on the CPU or on a CUDA device.
 
-use super::batch::{Component, MicroBatch};
-use super::loss::{PolicyLoss, PolicyToken};
-use super::optimizer::{Optimizer, OptimizerError, ParameterGroup, ParameterKind, StepStats};
+use super::batch::MicroBatch;
+#[cfg(feature = "cuda")]
+use super::device::DeviceTrainer;
+use super::host::HostTrainer;
+use super::loss::PolicyLoss;
+use super::objective::{Objective, Totals};
+use super::optimizer::{OptimizerError, ParameterGroup, ParameterKind};
 use crate::config::OptimizerConfig;
-use crate::kernels::elementary::add;
-use crate::model::{Decoder, KvCache, ModelError, Role, Tape, Targets, TokenGradient, TokenScore, Workspace};
+use crate::model::{Decoder, ModelError, Role};
 use crate::time::Time;
-use rayon::prelude::*;
+use std::borrow::Cow;
 use std::ops::AddAssign;
-use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
-
-/// Gradient buffers that micro-batches are spread over, whatever the number of threads.
-const LANES: usize = 4;
-/// Parameters above which one gradient buffer serves, with parallelism inside each operation.
-const LANES_UP_TO: usize = 16 << 20;
 
 /// Why an update did not happen.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +22,12 @@ pub enum TrainError {
     /// The optimiser refused.
     #[error(transparent)]
     Optimizer(#[from] OptimizerError),
+    /// Something that is only done on the CPU.
+    #[error("{what} is not implemented on CUDA devices")]
+    OnlyOnCpu {
+        /// What.
+        what: &'static str,
+    },
     /// The loss is not a number.
     #[error("the loss of update {update} is {loss}: the update was not made")]
     NonFiniteLoss {
@@ -44,59 +46,26 @@ pub enum TrainError {
     },
 }
 
+#[cfg(feature = "cuda")]
+impl From<crate::cuda::CudaError> for TrainError {
+    fn from(error: crate::cuda::CudaError) -> Self {
+        Self::Model(error.into())
+    }
+}
+
 impl TrainError {
     /// Advice for the user, if there is any.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Model(error) => error.hint(),
             Self::Optimizer(error) => error.hint(),
+            Self::OnlyOnCpu { .. } => Some("set model.device to \"cpu\", or leave it out".into()),
             Self::NonFiniteLoss { .. } | Self::NonFiniteWeights { .. } => Some(
                 "lower optimizer.learning_rate or raise optimizer.warmup_steps; a changed pipeline needs a directory of \
                  its own (--out)"
                     .into(),
             ),
         }
-    }
-}
-
-/// Sums over the targets of an update.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Totals {
-    /// Weighted policy loss, divergence included.
-    pub policy_loss: f64,
-    /// Weighted likelihood loss.
-    pub likelihood_loss: f64,
-    /// Policy tokens.
-    pub policy_tokens: u64,
-    /// Likelihood tokens.
-    pub likelihood_tokens: u64,
-    /// Entropy of the policy tokens' distributions at temperature 1, summed, in nats.
-    pub entropy: f64,
-    /// Estimated divergence from the reference, summed.
-    pub kl: f64,
-    /// Policy tokens whose ratio was clipped.
-    pub clipped: u64,
-    /// Policy tokens whose log-probability differs from the engine's in any bit.
-    pub mismatched: u64,
-    /// Largest difference from the engine's log-probability.
-    pub largest_mismatch: f32,
-    /// Floating-point operations, counted from shapes.
-    pub flops: u64,
-}
-
-impl Totals {
-    /// Adds the sums of another part of the same step.
-    pub fn absorb(&mut self, other: &Self) {
-        self.policy_loss += other.policy_loss;
-        self.likelihood_loss += other.likelihood_loss;
-        self.policy_tokens += other.policy_tokens;
-        self.likelihood_tokens += other.likelihood_tokens;
-        self.entropy += other.entropy;
-        self.kl += other.kl;
-        self.clipped += other.clipped;
-        self.mismatched += other.mismatched;
-        self.largest_mismatch = self.largest_mismatch.max(other.largest_mismatch);
-        self.flops += other.flops;
     }
 }
 
@@ -109,6 +78,8 @@ pub struct UpdateStats {
     pub gradient_norm: f64,
     /// Learning rate.
     pub learning_rate: f32,
+    /// How often it was begun again with smaller micro-batches, since a device's memory did not suffice.
+    pub retries: u64,
     /// How long its parts took.
     pub times: UpdateTimes,
 }
@@ -132,51 +103,38 @@ impl AddAssign for UpdateTimes {
     }
 }
 
-/// Bytes of activations that all gradient lanes may hold unless [`Trainer::activation_bytes`] is set.
-const ACTIVATION_BYTES: u64 = 2 << 30;
+/// What a checkpoint holds of a trainer.
+#[derive(Debug)]
+pub struct TrainerState<'a> {
+    /// The parameters in full precision, laid out as [`Decoder::trainable`] says.
+    pub parameters: Cow<'a, [f32]>,
+    /// The optimiser's state by name, each as long as its parameter.
+    pub optimizer: Vec<(String, Cow<'a, [f32]>)>,
+    /// Updates made so far.
+    pub updates: u64,
+}
 
 /// A decoder with its optimiser.
 pub struct Trainer {
     decoder: Decoder,
-    /// The parameters in full precision, which the decoder's are rounded from after every update.
-    parameters: Vec<f32>,
-    /// Bytes of activations that all lanes together may hold; where a micro-batch needs more, its
-    /// layers are computed again in the backward pass.
-    pub activation_bytes: u64,
-    optimizer: Optimizer,
-    lanes: Vec<Lane>,
-    /// Buffers that no lane is using: as many come to be as lanes ever ran at a time.
-    spare: Mutex<Vec<Buffers>>,
+    /// Bytes of activations that a step may hold; where a micro-batch needs more, its layers are computed again in the
+    /// backward pass. `None` is 2 GiB on the CPU, and on a device what is free.
+    pub activation_bytes: Option<u64>,
+    place: Place,
 }
 
-/// One gradient buffer.
-struct Lane {
-    gradients: Vec<f32>,
-    /// Seconds of the last update in forward and backward passes.
-    seconds: (f64, f64),
-}
-
-/// Everything else that a forward and backward pass needs.
-struct Buffers {
-    workspace: Workspace,
-    tape: Tape,
-    cache: KvCache,
-}
-
-/// What all micro-batches of an update share.
-#[derive(Clone, Copy)]
-struct Pass<'a> {
-    decoder: &'a Decoder,
-    reference: Option<&'a Decoder>,
-    loss: &'a PolicyLoss,
-    inverse_temperature: f32,
+/// Where parameters, gradients and the optimiser's state lie.
+enum Place {
+    Host(HostTrainer),
+    #[cfg(feature = "cuda")]
+    Device(DeviceTrainer),
 }
 
 impl Trainer {
     /// A trainer for a stage of `steps` updates.
     ///
     /// # Errors
-    /// When the optimiser refuses the decoder's layout.
+    /// When the optimiser refuses the decoder's layout, or the decoder's device has no room.
     pub fn new(decoder: Decoder, config: &OptimizerConfig, steps: u64) -> Result<Self, TrainError> {
         let parameters = decoder.parameters();
         Self::resume(decoder, parameters, config, steps)
@@ -192,46 +150,69 @@ impl Trainer {
         config: &OptimizerConfig,
         steps: u64,
     ) -> Result<Self, TrainError> {
-        let optimizer = Optimizer::new(config, parameter_groups(&decoder), steps)?;
-        let lanes = (0..Self::gradient_buffers(decoder.layout().len()))
-            .map(|_| Lane { gradients: vec![0.0; parameters.len()], seconds: (0.0, 0.0) })
-            .collect();
-        let (activation_bytes, spare) = (ACTIVATION_BYTES, Mutex::default());
-        Ok(Self { decoder, parameters, activation_bytes, optimizer, lanes, spare })
+        let groups = parameter_groups(&decoder);
+        let place = match decoder.on_device()? {
+            None => Place::Host(HostTrainer::new(&decoder, parameters, groups, config, steps)?),
+            #[cfg(feature = "cuda")]
+            Some(device) => {
+                let device = crate::model::on_device!(&**device, there => there.device().clone());
+                Place::Device(DeviceTrainer::new(&device, &decoder, &parameters, groups, config, steps)?)
+            }
+            #[cfg(not(feature = "cuda"))]
+            Some(never) => match **never {},
+        };
+        Ok(Self { decoder, activation_bytes: None, place })
     }
 
     /// Gradient buffers for a number of parameters.
     pub fn gradient_buffers(parameters: usize) -> usize {
-        if parameters <= LANES_UP_TO { LANES } else { 1 }
+        HostTrainer::gradient_buffers(parameters)
     }
 
-    /// The decoder as it is now.
+    /// The decoder as it is now; one on a device has its new weights there alone.
     pub fn decoder(&self) -> &Decoder {
         &self.decoder
     }
 
     /// Gives the decoder back.
-    pub fn into_decoder(self) -> Decoder {
-        self.decoder
+    ///
+    /// # Errors
+    /// When its device has failed.
+    pub fn into_decoder(mut self) -> Result<Decoder, TrainError> {
+        self.decoder.bring_back()?;
+        Ok(self.decoder)
     }
 
-    /// The optimiser, for checkpoints.
-    pub fn optimizer(&self) -> &Optimizer {
-        &self.optimizer
+    /// What a checkpoint holds.
+    ///
+    /// # Errors
+    /// When the decoder's device has failed.
+    pub fn state(&self) -> Result<TrainerState<'_>, TrainError> {
+        match &self.place {
+            Place::Host(host) => Ok(host.state()),
+            #[cfg(feature = "cuda")]
+            Place::Device(device) => device.state(),
+        }
     }
 
-    /// The optimiser, for resuming.
-    pub fn optimizer_mut(&mut self) -> &mut Optimizer {
-        &mut self.optimizer
+    /// Restores the optimiser: `read` fills the state of each name, as [`Trainer::state`] lists them.
+    ///
+    /// # Errors
+    /// Those of `read`, and when the decoder's device has failed.
+    pub fn restore<E: From<TrainError>>(
+        &mut self,
+        updates: u64,
+        mut read: impl FnMut(&str, &mut [f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        match &mut self.place {
+            Place::Host(host) => host.restore(updates, &mut read),
+            #[cfg(feature = "cuda")]
+            Place::Device(device) => device.restore(updates, &mut read),
+        }
     }
 
-    /// The parameters in full precision, laid out as the decoder's layout says.
-    pub fn parameters(&self) -> &[f32] {
-        &self.parameters
-    }
-
-    /// One update from some micro-batches. The result depends on the micro-batches alone, not on
-    /// the number of threads.
+    /// One update from some micro-batches. On the CPU the result depends on the micro-batches alone, not on the number of
+    /// threads.
     ///
     /// # Errors
     /// When the model cannot be run, or loss, gradient or weights are not finite. In the first
@@ -243,167 +224,12 @@ impl Trainer {
         inverse_temperature: f32,
         reference: Option<&Decoder>,
     ) -> Result<UpdateStats, TrainError> {
-        let pass = Pass { decoder: &self.decoder, reference, loss, inverse_temperature };
-        let count = self.lanes.len();
-        let tokens_on_tape =
-            self.activation_bytes / (count * self.decoder.tape_bytes_per_token()).max(1) as u64;
-        let spare = &self.spare;
-        let in_lane = |(number, lane): (usize, &mut Lane)| {
-            lane.gradients.fill(0.0);
-            lane.seconds = (0.0, 0.0);
-            let mut buffers = Buffers::take(spare, pass.decoder);
-            let mut totals = Totals::default();
-            for batch in batches.iter().skip(number).step_by(count) {
-                buffers.tape.recompute = batch.forest.ids().len() as u64 > tokens_on_tape;
-                totals.absorb(&lane.accumulate(pass, batch, &mut buffers)?);
-            }
-            totals.flops = buffers.workspace.flops;
-            buffers.give_back(spare);
-            Ok(totals)
-        };
-        let (parts, passes): (Vec<Result<Totals, ModelError>>, _) =
-            Time::of(|| self.lanes.par_iter_mut().enumerate().map(in_lane).collect());
-        let mut totals = Totals::default();
-        for part in parts {
-            totals.absorb(&part?);
-        }
-        let loss = totals.policy_loss + totals.likelihood_loss;
-        let update = self.optimizer.step_count();
-        if !loss.is_finite() {
-            return Err(TrainError::NonFiniteLoss { update, loss });
-        }
-        let (stats, optimizer) = Time::of(|| self.step(update));
-        let StepStats { gradient_norm, learning_rate, .. } = stats?;
-        let seconds = self.lanes.iter().map(|lane| lane.seconds);
-        let (forward, backward) = seconds.fold((0.0, 0.0), |sum, lane| (sum.0 + lane.0, sum.1 + lane.1));
-        let [forward, backward] = passes.split([forward, backward]);
-        let times = UpdateTimes { forward, backward, optimizer };
-        Ok(UpdateStats { totals, gradient_norm, learning_rate, times })
-    }
-
-    /// Moves the parameters by the lanes' gradients.
-    fn step(&mut self, update: u64) -> Result<StepStats, TrainError> {
-        let (first, others) = self.lanes.split_at_mut(1);
-        for lane in others {
-            add(&mut first[0].gradients, &lane.gradients);
-        }
-        let (optimizer, gradients) = (&mut self.optimizer, &first[0].gradients);
-        let stats = optimizer.step(&mut self.parameters, gradients)?;
-        let count = self.parameters.iter().filter(|value| !value.is_finite()).count();
-        if count > 0 {
-            return Err(TrainError::NonFiniteWeights { update, count });
-        }
-        self.decoder.set_parameters(&self.parameters);
-        Ok(stats)
-    }
-}
-
-impl Buffers {
-    /// Buffers that are free, or new ones; what they hold is of no use any more.
-    fn take(spare: &Mutex<Vec<Self>>, decoder: &Decoder) -> Self {
-        let free = spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut buffers = free.unwrap_or_else(|| Self {
-            workspace: Workspace::default(),
-            tape: Tape::default(),
-            cache: decoder.new_cache(),
-        });
-        buffers.workspace.flops = 0;
-        buffers
-    }
-
-    fn give_back(self, spare: &Mutex<Vec<Self>>) {
-        spare.lock().unwrap_or_else(PoisonError::into_inner).push(self);
-    }
-}
-
-impl Lane {
-    /// Adds one micro-batch's gradient.
-    fn accumulate(
-        &mut self,
-        pass: Pass,
-        batch: &MicroBatch,
-        buffers: &mut Buffers,
-    ) -> Result<Totals, ModelError> {
-        let forest = &batch.forest;
-        let (rows, tokens): (Vec<usize>, Vec<u32>) = batch
-            .targets
-            .iter()
-            .filter_map(|target| Some((forest.row_before(target.segment, target.at)?, target.token)))
-            .unzip();
-        let (Self { gradients, seconds }, Buffers { workspace, tape, cache }) = (self, buffers);
-        cache.clear();
-        let extensions = forest.enter(cache);
-        let start = Instant::now();
-        pass.decoder.forward(forest.ids(), &extensions, cache, workspace, Some(tape))?;
-        let reference = match pass.reference {
-            None => None,
-            Some(reference) => {
-                Some(pass.reference_logprobs(reference, batch, &rows, &tokens, &mut workspace.flops)?)
-            }
-        };
-        let middle = Instant::now();
-        let mut totals = Totals::default();
-        let gradient = |at: usize, score: &TokenScore| {
-            let reference = reference.as_ref().map(|logprobs| logprobs[at]);
-            pass.token_gradient(&batch.targets[at].component, score, reference, &mut totals)
-        };
-        let inverse_temperature = pass.inverse_temperature;
-        let targets = Targets { rows: &rows, tokens: &tokens, inverse_temperature };
-        pass.decoder.backward(tape, cache, &targets, gradient, gradients, workspace);
-        seconds.0 += (middle - start).as_secs_f64();
-        seconds.1 += middle.elapsed().as_secs_f64();
-        Ok(totals)
-    }
-}
-
-impl Pass<'_> {
-    /// The reference model's log-probabilities of the same targets.
-    fn reference_logprobs(
-        &self,
-        reference: &Decoder,
-        batch: &MicroBatch,
-        rows: &[usize],
-        tokens: &[u32],
-        flops: &mut u64,
-    ) -> Result<Vec<f32>, ModelError> {
-        let (mut cache, mut workspace) = (reference.new_cache(), Workspace::default());
-        let extensions = batch.forest.enter(&mut cache);
-        reference.forward(batch.forest.ids(), &extensions, &mut cache, &mut workspace, None)?;
-        let states = reference.hidden(&workspace, rows);
-        let scores = reference.score(&states, tokens, self.inverse_temperature, &mut workspace);
-        *flops += workspace.flops;
-        Ok(scores.iter().map(|score| score.policy_logprob).collect())
-    }
-
-    fn token_gradient(
-        &self,
-        component: &Component,
-        score: &TokenScore,
-        reference: Option<f32>,
-        totals: &mut Totals,
-    ) -> TokenGradient {
-        match *component {
-            Component::Likelihood { weight } => {
-                totals.likelihood_loss -= f64::from(weight) * f64::from(score.logprob);
-                totals.likelihood_tokens += 1;
-                TokenGradient::Logprob(-weight)
-            }
-            Component::Policy { weight, advantage, old_logprob, engine_logprob } => {
-                let loss = self.loss.token(&PolicyToken {
-                    logprob: score.policy_logprob,
-                    old_logprob,
-                    reference_logprob: reference,
-                    advantage,
-                });
-                totals.policy_loss += f64::from(weight) * f64::from(loss.loss);
-                totals.policy_tokens += 1;
-                totals.entropy += f64::from(score.entropy);
-                totals.kl += f64::from(loss.kl);
-                totals.clipped += u64::from(loss.clipped_low || loss.clipped_high);
-                totals.mismatched += u64::from(score.logprob.to_bits() != engine_logprob.to_bits());
-                totals.largest_mismatch = totals.largest_mismatch.max((score.logprob - engine_logprob).abs());
-                TokenGradient::PolicyLogprob(weight * loss.gradient)
-            }
+        let objective = Objective { loss, inverse_temperature };
+        let (decoder, bytes) = (&mut self.decoder, self.activation_bytes);
+        match &mut self.place {
+            Place::Host(host) => host.update(decoder, batches, objective, reference, bytes),
+            #[cfg(feature = "cuda")]
+            Place::Device(device) => device.update(decoder, batches, objective, reference, bytes),
         }
     }
 }

@@ -125,6 +125,35 @@ impl DecoderConfig {
         self.rope_scaling.frequencies(self.rope_theta, self.head_dim, self.max_positions)
     }
 
+    /// Whether tokens are in the vocabulary and a path of `length` tokens fits the model's positions.
+    ///
+    /// # Errors
+    /// When they are not, or it does not.
+    pub(super) fn check(&self, ids: &[u32], length: usize) -> Result<(), ModelError> {
+        let (vocabulary, limit) = (self.vocab_size, self.max_positions);
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
+            return Err(ModelError::BadToken { id: *id, vocabulary });
+        }
+        match self.rope_scaling {
+            _ if length <= limit => Ok(()),
+            RopeScaling::Dynamic { .. } => Err(ModelError::DynamicRotary { length, limit }),
+            _ => Err(ModelError::TooLong { length, limit }),
+        }
+    }
+
+    /// Operations of the layers' forward pass: 2 for each weight and row, 4 for each pair of query
+    /// and visible key and element of a head.
+    pub(crate) fn layer_flops(&self, rows: usize, pairs: usize) -> u64 {
+        let queries = self.heads * self.head_dim;
+        let matrices = self.hidden_size * (self.qkv_width() + queries + 3 * self.intermediate_size);
+        (self.layers * (2 * rows * matrices + 4 * pairs * queries)) as u64
+    }
+
+    /// Operations of the head's forward pass.
+    pub(crate) fn head_flops(&self, rows: usize) -> u64 {
+        (2 * rows * self.vocab_size * self.hidden_size) as u64
+    }
+
     /// Reads and checks `directory/config.json`.
     ///
     /// # Errors

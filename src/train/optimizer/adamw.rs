@@ -20,7 +20,7 @@ pub(super) struct Adamw {
 /// p = (1 - rate decay) p - rate / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + epsilon)
 /// ```
 #[derive(Clone, Copy, Debug)]
-pub(super) struct AdamwStep {
+pub(in crate::train) struct AdamwStep {
     beta1: f32,
     beta2: f32,
     epsilon: f32,
@@ -35,7 +35,12 @@ pub(super) struct AdamwStep {
 
 impl AdamwStep {
     /// The step number `count`, from 1, at a learning rate, with gradients scaled by `scale`.
-    pub(super) fn new(config: &OptimizerConfig, learning_rate: f32, scale: f32, count: u64) -> Self {
+    pub(in crate::train) fn new(
+        config: &OptimizerConfig,
+        learning_rate: f32,
+        scale: f32,
+        count: u64,
+    ) -> Self {
         let count = i32::try_from(count).unwrap_or(i32::MAX);
         let correction = |beta: f32| 1.0 - f64::from(beta).powi(count);
         Self {
@@ -47,6 +52,15 @@ impl AdamwStep {
             second_correction: correction(config.beta2).sqrt() as f32,
             scale,
         }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl AdamwStep {
+    /// The same step as a device takes it, which scales gradients by what it finds itself. `seed` rounds moments of bf16.
+    pub(in crate::train) fn on_device(&self, seed: u64) -> crate::cuda::optimizer::AdamwStep {
+        let Self { beta1, beta2, epsilon, keep, rate, second_correction, .. } = *self;
+        crate::cuda::optimizer::AdamwStep { beta1, beta2, epsilon, keep, rate, second_correction, seed }
     }
 }
 

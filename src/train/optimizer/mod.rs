@@ -17,7 +17,8 @@ mod norm;
 
 use crate::config::{OptimizerConfig, OptimizerKind};
 use crate::train::schedule::learning_rate;
-use adamw::{Adamw, AdamwStep};
+use adamw::Adamw;
+pub(super) use adamw::AdamwStep;
 use muon::{Muon, MuonStep};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -167,7 +168,8 @@ impl Optimizer {
         self.check_length("the gradient slice", gradients.len())?;
         let gradient_norm = norm::global_norm(gradients);
         if !gradient_norm.is_finite() {
-            return Err(self.locate_non_finite(gradients));
+            let groups = self.groups.iter().map(|group| &group.layout);
+            return Err(locate_non_finite(groups, gradients, self.step_count));
         }
         let learning_rate = learning_rate(&self.config, self.step_count, self.total_steps);
         let (scale, clipped) = norm::clip_factor(gradient_norm, self.config.max_grad_norm);
@@ -235,25 +237,6 @@ impl Optimizer {
         let expected = self.groups.last().map_or(0, |group| group.layout.range.end);
         if found == expected { Ok(()) } else { Err(OptimizerError::Length { what, expected, found }) }
     }
-
-    /// Describes the first element that is not finite. There is one when the norm is not finite:
-    /// in `f64`, squares of finite `f32` do not overflow.
-    fn locate_non_finite(&self, gradients: &[f32]) -> OptimizerError {
-        let first = gradients.iter().position(|value| !value.is_finite()).unwrap_or_default();
-        let elements = gradients.iter().filter(|value| !value.is_finite()).count();
-        let layout =
-            self.groups.iter().map(|group| &group.layout).find(|layout| layout.range.contains(&first));
-        let (group, offset, columns) = layout.map_or((String::new(), 0, 1), |layout| {
-            (layout.name.clone(), first - layout.range.start, layout.columns)
-        });
-        OptimizerError::NonFiniteGradient {
-            step: self.step_count,
-            group,
-            row: offset / columns,
-            column: offset % columns,
-            elements,
-        }
-    }
 }
 
 impl Group {
@@ -268,6 +251,28 @@ impl Group {
     }
 }
 
+/// Describes the first element that is not finite. There is one when the norm is not finite:
+/// in `f64`, squares of finite `f32` do not overflow.
+pub(super) fn locate_non_finite<'a>(
+    mut groups: impl Iterator<Item = &'a ParameterGroup>,
+    gradients: &[f32],
+    step: u64,
+) -> OptimizerError {
+    let first = gradients.iter().position(|value| !value.is_finite()).unwrap_or_default();
+    let elements = gradients.iter().filter(|value| !value.is_finite()).count();
+    let layout = groups.find(|layout| layout.range.contains(&first));
+    let (group, offset, columns) = layout.map_or((String::new(), 0, 1), |layout| {
+        (layout.name.clone(), first - layout.range.start, layout.columns)
+    });
+    OptimizerError::NonFiniteGradient {
+        step,
+        group,
+        row: offset / columns,
+        column: offset % columns,
+        elements,
+    }
+}
+
 /// Pairs every group with its part of the parameters.
 fn split<'a>(groups: &'a mut [Group], mut parameters: &'a mut [f32]) -> Vec<(&'a mut Group, &'a mut [f32])> {
     let own = |group: &'a mut Group| {
@@ -278,7 +283,7 @@ fn split<'a>(groups: &'a mut [Group], mut parameters: &'a mut [f32]) -> Vec<(&'a
     groups.iter_mut().map(own).collect()
 }
 
-fn check_layout(groups: &[ParameterGroup]) -> Result<(), OptimizerError> {
+pub(super) fn check_layout(groups: &[ParameterGroup]) -> Result<(), OptimizerError> {
     let mut names = std::collections::BTreeSet::new();
     let mut end = 0;
     for group in groups {

@@ -1,0 +1,205 @@
+//! The decoder on a CUDA device: the same model as [`Decoder`], with weights, activations and gradients in the
+//! device's memory.
+//!
+//! Weights are one buffer in the number format of the model, laid out as [`Layout`] says; gradients are one of `f32`,
+//! laid out alike. Rows are packed in depth-first pre-order (see [`crate::cuda::forest`]). The residual stream and
+//! its gradient are `f32`; what goes into matrix products has the format of the weights.
+
+mod backward;
+mod forward;
+mod head;
+
+pub use forward::{Attend, Batch, DeviceTape, Work};
+
+use super::layout::Layout;
+use super::{Decoder, DecoderConfig, Dtype, ModelError};
+use crate::cuda::attention::Attention;
+use crate::cuda::{Buffer, Device, Element, Gemm, Result, Slice, SliceMut};
+use crate::kernels::rotary::RotaryTable;
+use half::bf16;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A number format in which a decoder can compute on a device.
+pub trait Format: Element {
+    /// Rounds to the format.
+    fn narrow(value: f32) -> Self;
+    /// The number, exactly.
+    fn widen(self) -> f32;
+}
+
+impl Format for f32 {
+    fn narrow(value: f32) -> Self {
+        value
+    }
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Format for bf16 {
+    fn narrow(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// How a decoder computes on a device.
+#[derive(Clone, Debug)]
+pub struct DeviceSettings {
+    /// The device.
+    pub device: Device,
+    /// Rows have the same bits in every batch, and training those of decoding, at a cost: products by our own kernels,
+    /// attention in pieces of fixed length.
+    pub batch_invariant: bool,
+}
+
+/// A decoder on a device, in the number format of its weights.
+#[derive(Debug)]
+pub enum OnDevice {
+    /// Single precision.
+    F32(DeviceDecoder<f32>),
+    /// bfloat16, summed in single precision.
+    Bf16(DeviceDecoder<bf16>),
+}
+
+impl OnDevice {
+    /// Copies a decoder to a device.
+    ///
+    /// # Errors
+    /// When its weights are f16, its heads are of a size that there are no kernels for, or the device has no room.
+    pub fn new(settings: &DeviceSettings, decoder: &Decoder) -> std::result::Result<Self, ModelError> {
+        match decoder.dtype() {
+            Dtype::F32 => Ok(Self::F32(DeviceDecoder::new(settings, decoder)?)),
+            Dtype::Bf16 => Ok(Self::Bf16(DeviceDecoder::new(settings, decoder)?)),
+            Dtype::F16 => Err(ModelError::DeviceDtype { dtype: Dtype::F16.name() }),
+        }
+    }
+}
+
+/// A decoder's weights on a device, and what computes with them.
+#[derive(Debug)]
+pub struct DeviceDecoder<T> {
+    device: Device,
+    config: DecoderConfig,
+    layout: Layout,
+    rotary: RotaryTable,
+    weights: Buffer<T>,
+    /// Cosines and sines of the positions that were needed so far.
+    angles: Mutex<Arc<Buffer<f32>>>,
+    gemm: Gemm,
+    attention: Attention,
+    batch_invariant: bool,
+}
+
+impl<T: Format> DeviceDecoder<T> {
+    /// Copies a decoder's weights to a device.
+    ///
+    /// # Errors
+    /// When there are no kernels for its heads, or the device has no room.
+    pub fn new(settings: &DeviceSettings, decoder: &Decoder) -> Result<Self> {
+        let DeviceSettings { device, batch_invariant } = settings;
+        let (config, layout) = (decoder.config.clone(), decoder.layout.clone());
+        let mut weights = device.allocate("the weights", layout.len())?;
+        let mut values = Vec::new();
+        for parameter in layout.parameters() {
+            let mut row = vec![0.0; parameter.columns];
+            values.clear();
+            for at in 0..parameter.rows {
+                decoder.weights.row(parameter, at, &mut row);
+                values.extend(row.iter().map(|value| T::narrow(*value)));
+            }
+            weights.slice_mut(parameter.range.clone())?.upload(&values)?;
+        }
+        Ok(Self {
+            angles: Mutex::new(Arc::new(device.allocate("angles", 0)?)),
+            gemm: Gemm::new(device, *batch_invariant)?,
+            attention: Attention::new(device, config.geometry(), *batch_invariant)?,
+            rotary: decoder.rotary.clone(),
+            batch_invariant: *batch_invariant,
+            device: device.clone(),
+            weights,
+            config,
+            layout,
+        })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// Names and places of the parameters.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Attention of this model.
+    pub fn attention(&self) -> &Attention {
+        &self.attention
+    }
+
+    /// Whether rows have the same bits in every batch.
+    pub fn is_batch_invariant(&self) -> bool {
+        self.batch_invariant
+    }
+
+    /// All weights, for an optimiser.
+    pub fn weights_mut(&mut self) -> &mut Buffer<T> {
+        &mut self.weights
+    }
+
+    /// Brings the weights back to a decoder of the same shape.
+    ///
+    /// # Errors
+    /// When the device has failed.
+    pub fn download(&self, decoder: &mut Decoder) -> Result<()> {
+        for parameter in self.layout.parameters() {
+            let values = self.weights.slice(parameter.range.clone())?.download()?;
+            let values: Vec<f32> = values.into_iter().map(Format::widen).collect();
+            decoder.weights.set_rows(parameter, 0, &values);
+        }
+        Ok(())
+    }
+
+    /// Copies the weights of a decoder of the same shape on the same device.
+    ///
+    /// # Errors
+    /// When the device has failed.
+    pub fn copy_from(&mut self, other: &Self) -> Result<()> {
+        SliceMut::from(&mut self.weights).copy_from(&other.weights)
+    }
+
+    /// Bytes that a tape holds for each token of a forward pass, unless layers are computed again.
+    pub fn tape_bytes_per_token(&self) -> usize {
+        let c = &self.config;
+        let before = if c.qk_norm { c.qkv_width() } else { 0 };
+        let stored = c.qkv_width() + before + c.heads * c.head_dim + 2 * c.intermediate_size;
+        let single = 2 * (c.hidden_size + 1) + c.heads;
+        c.layers * (stored * size_of::<T>() + single * size_of::<f32>())
+    }
+
+    fn weight(&self, range: &Range<usize>) -> Result<Slice<'_, T>> {
+        self.weights.slice(range.clone())
+    }
+
+    /// Cosines and sines `[positions, head_dim]` of at least so many positions.
+    fn angles(&self, positions: usize) -> Result<Arc<Buffer<f32>>> {
+        let mut angles = self.angles.lock().unwrap_or_else(PoisonError::into_inner);
+        let width = self.config.head_dim;
+        if angles.len() < positions * width {
+            let positions = positions.next_power_of_two().min(self.rotary.positions());
+            let values: Vec<f32> =
+                (0..positions).flat_map(|position| self.rotary.angles(position)).copied().collect();
+            *angles = Arc::new(self.device.upload("angles", &values)?);
+        }
+        Ok(Arc::clone(&angles))
+    }
+}
