@@ -22,6 +22,12 @@ impl Stream {
         Self { key: mix(self.key ^ mix(item.wrapping_add(GOLDEN))) }
     }
 
+    /// What names the stream, for numbers that are drawn elsewhere.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn key(self) -> u64 {
+        self.key
+    }
+
     /// Sixty-four random bits.
     pub fn bits(self, n: u64) -> u64 {
         mix(self.key.wrapping_add(n.wrapping_mul(GOLDEN)))

@@ -20,10 +20,10 @@ use std::sync::Arc;
 pub struct Batch {
     /// How its rows lie.
     pub plan: ForestPlan,
-    pub(super) tables: ForestTables,
-    pub(super) ids: Indices,
-    pub(super) positions: Indices,
-    pub(super) angles: Arc<Buffer<f32>>,
+    pub(crate) tables: ForestTables,
+    pub(crate) ids: Indices,
+    pub(crate) positions: Indices,
+    pub(crate) angles: Arc<Buffer<f32>>,
     /// Rows of each token, for the embedding's gradient.
     pub(super) runs: Runs,
     /// For each of the forest's rows, the packed row where it lies.

@@ -191,7 +191,7 @@ impl<T: Format> DeviceDecoder<T> {
     }
 
     /// Cosines and sines `[positions, head_dim]` of at least so many positions.
-    fn angles(&self, positions: usize) -> Result<Arc<Buffer<f32>>> {
+    pub(crate) fn angles(&self, positions: usize) -> Result<Arc<Buffer<f32>>> {
         let mut angles = self.angles.lock().unwrap_or_else(PoisonError::into_inner);
         let width = self.config.head_dim;
         if angles.len() < positions * width {
