@@ -2,7 +2,7 @@
 
 use super::sampler::{Draw, Sampling, draw};
 use super::{Finish, Prompt, Rollout};
-use crate::model::{Decoder, Extension, Forest, KvCache, ModelError, NodeId, Workspace};
+use crate::model::{Decoder, Extension, Forest, KvCache, ModelError, NodeId, Workspace, on_device};
 use crate::random::Stream;
 use crate::tokenize::Tokenizer;
 use rayon::prelude::*;
@@ -97,13 +97,19 @@ struct Prefilled {
     state: Vec<f32>,
 }
 
-/// A growing reply.
+/// A growing reply in the cache.
 struct Live {
     group: usize,
-    sample: usize,
     node: NodeId,
-    stream: Stream,
-    rollout: Rollout,
+    growing: Growing,
+}
+
+/// A growing reply, wherever it is computed.
+pub(super) struct Growing {
+    /// Its random numbers: token n is drawn with value n.
+    pub(super) stream: Stream,
+    /// Its tokens so far.
+    pub(super) rollout: Rollout,
     text: Vec<u8>,
 }
 
@@ -115,6 +121,11 @@ impl Engine<'_> {
     /// token outside the vocabulary.
     pub fn generate(&self, prompts: &[Prompt], samples: usize) -> Result<Generation, ModelError> {
         self.check(prompts)?;
+        if let Some(device) = self.decoder.on_device()? {
+            return on_device!(&**device, decoder => {
+                super::device::generate(self, decoder, prompts, samples, super::device::Limits::default())
+            });
+        }
         let parts: Vec<Result<Generation, ModelError>> =
             self.waves(prompts, samples).into_par_iter().map(|prompts| self.wave(prompts, samples)).collect();
         let mut all = Generation::default();
@@ -130,16 +141,15 @@ impl Engine<'_> {
     /// where it has more prompts than any wave may hold: counted tokens and operations, from which the
     /// lengths of later stages are derived, do not depend on the number of threads.
     fn waves<'p>(&self, prompts: &'p [Prompt], samples: usize) -> Vec<&'p [Prompt]> {
-        let limit = (REPLIES_AT_ONCE / samples.max(1)).max(1);
+        let limit = prompts_at_once(samples);
         let worthwhile = match self.decoder.layout().len() {
             ..=SMALL_MODEL => prompts.len(),
             _ => prompts.len() * samples / REPLIES_WORTH_THE_WEIGHTS,
         };
         let waves_at_once = worthwhile.clamp(1, rayon::current_num_threads().max(1));
         let share = prompts.len().div_ceil(waves_at_once).min(limit);
-        let families = prompts.chunk_by(|a, b| Arc::ptr_eq(&a.trunk, &b.trunk));
         let (mut waves, mut start, mut end) = (Vec::new(), 0, 0);
-        for part in families.flat_map(|family| family.chunks(limit)) {
+        for part in parts(prompts, samples) {
             if end > start && end - start + part.len() > share {
                 waves.push(&prompts[start..end]);
                 start = end;
@@ -193,7 +203,7 @@ impl Engine<'_> {
     ) -> Result<(Vec<Prefilled>, u64), ModelError> {
         let mut forest = Forest::default();
         let mut ends = Vec::with_capacity(prompts.len());
-        for family in prompts.chunk_by(|a, b| Arc::ptr_eq(&a.trunk, &b.trunk)) {
+        for family in families(prompts) {
             let trunks = add_trunk(&mut forest, &family[0].trunk, family.iter().map(|prompt| prompt.length));
             for prompt in family {
                 ends.push(forest.add(trunks.get(&prompt.length).copied(), &prompt.footer));
@@ -229,7 +239,7 @@ impl Engine<'_> {
         self.collect(&mut live, &mut done, cache);
         while !live.is_empty() {
             let ids: Vec<u32> =
-                live.iter().filter_map(|reply| reply.rollout.tokens.last().copied()).collect();
+                live.iter().filter_map(|reply| reply.growing.rollout.tokens.last().copied()).collect();
             let extensions: Vec<Extension> = live
                 .iter()
                 .enumerate()
@@ -254,27 +264,11 @@ impl Engine<'_> {
         samples: usize,
         cache: &mut KvCache,
     ) -> Vec<Live> {
-        let stream = Stream::new(self.seed, "rollout");
         let mut live = Vec::with_capacity(prompts.len() * samples);
         for (group, prompt) in prompts.iter().enumerate() {
             for sample in 0..samples {
-                live.push(Live {
-                    group,
-                    sample,
-                    node: cache.insert(Some(prefilled[group].node)),
-                    stream: stream.child(prompt.ordinal).child(sample as u64),
-                    rollout: Rollout {
-                        ordinal: prompt.ordinal,
-                        sample: sample as u32,
-                        tokens: Vec::new(),
-                        logprobs: Vec::new(),
-                        policy_logprobs: Vec::new(),
-                        sampling_logprobs: Vec::new(),
-                        finish: Finish::Length,
-                        policy_version: self.policy_version,
-                    },
-                    text: Vec::new(),
-                });
+                let node = cache.insert(Some(prefilled[group].node));
+                live.push(Live { group, node, growing: Growing::new(self, prompt, sample) });
             }
         }
         live
@@ -293,8 +287,9 @@ impl Engine<'_> {
                     .checked_sub(first)
                     .and_then(|row| logits.get(row * vocabulary..(row + 1) * vocabulary))
                 {
-                    let uniform = reply.stream.uniform(reply.rollout.tokens.len() as u64);
-                    reply.push(draw(logits, &self.sampling, uniform, scratch));
+                    let growing = &mut reply.growing;
+                    let uniform = growing.stream.uniform(growing.rollout.tokens.len() as u64);
+                    growing.push(draw(logits, &self.sampling, uniform, scratch));
                 }
             });
         }
@@ -304,26 +299,66 @@ impl Engine<'_> {
     fn collect(&self, live: &mut Vec<Live>, done: &mut [Vec<Option<Rollout>>], cache: &mut KvCache) {
         let mut next = Vec::with_capacity(live.len());
         for mut reply in live.drain(..) {
-            match self.stop.finish(&reply.rollout.tokens, &mut reply.text) {
-                None => next.push(reply),
-                Some(finish) => {
-                    cache.release(reply.node);
-                    reply.rollout.finish = finish;
-                    done[reply.group][reply.sample] = Some(reply.rollout);
-                }
+            if reply.growing.ends(&self.stop) {
+                cache.release(reply.node);
+                let sample = reply.growing.rollout.sample as usize;
+                done[reply.group][sample] = Some(reply.growing.rollout);
+            } else {
+                next.push(reply);
             }
         }
         *live = next;
     }
 }
 
-impl Live {
-    fn push(&mut self, drawn: Draw) {
+impl Growing {
+    /// A reply without a token.
+    pub(super) fn new(engine: &Engine, prompt: &Prompt, sample: usize) -> Self {
+        Self {
+            stream: Stream::new(engine.seed, "rollout").child(prompt.ordinal).child(sample as u64),
+            rollout: Rollout {
+                ordinal: prompt.ordinal,
+                sample: sample as u32,
+                tokens: Vec::new(),
+                logprobs: Vec::new(),
+                policy_logprobs: Vec::new(),
+                sampling_logprobs: Vec::new(),
+                finish: Finish::Length,
+                policy_version: engine.policy_version,
+            },
+            text: Vec::new(),
+        }
+    }
+
+    /// Whether the newest token ends it; to be asked once for each token.
+    pub(super) fn ends(&mut self, stop: &StopRule) -> bool {
+        let finish = stop.finish(&self.rollout.tokens, &mut self.text);
+        self.rollout.finish = finish.unwrap_or(self.rollout.finish);
+        finish.is_some()
+    }
+
+    /// Adds a token.
+    pub(super) fn push(&mut self, drawn: Draw) {
         self.rollout.tokens.push(drawn.token);
         self.rollout.logprobs.push(drawn.logprob);
         self.rollout.policy_logprobs.push(drawn.policy_logprob);
         self.rollout.sampling_logprobs.push(drawn.sampling_logprob);
     }
+}
+
+/// Prompts of one trunk that stand together.
+pub(super) fn families(prompts: &[Prompt]) -> impl Iterator<Item = &[Prompt]> {
+    prompts.chunk_by(|a, b| Arc::ptr_eq(&a.trunk, &b.trunk))
+}
+
+/// The prompts that share one computation of their trunk, so far as work is counted.
+pub(super) fn parts(prompts: &[Prompt], samples: usize) -> impl Iterator<Item = &[Prompt]> {
+    families(prompts).flat_map(move |family| family.chunks(prompts_at_once(samples)))
+}
+
+/// Most prompts of a wave.
+fn prompts_at_once(samples: usize) -> usize {
+    (REPLIES_AT_ONCE / samples.max(1)).max(1)
 }
 
 /// Adds a trunk as a chain of segments that ends at each wanted length; returns the segment that

@@ -3,6 +3,8 @@
 //! A rollout's tokens depend only on (seed, ordinal, sample) and the weights: random numbers are
 //! counter-based and the decoder's bits do not depend on the batch.
 
+#[cfg(feature = "cuda")]
+pub mod device;
 mod engine;
 mod sampler;
 

@@ -1,0 +1,337 @@
+//! Steps of decoding, recorded as a graph: the device draws a token for each reply and goes on with it, and the host looks at
+//! the tokens some steps later.
+
+use super::Kept;
+use super::landing::Landing;
+use super::pages::{Cache, CachedTokens, Pages};
+use crate::cuda::attention::{PagedInputs, PagedTables};
+use crate::cuda::paged::{CachedSegment, Cut, PAGE, PagedPlan, PagedQuery};
+use crate::cuda::rotary::{PageWrites, Rotary};
+use crate::cuda::sampling::{self, Bounds, Drawn, NextRows, Records, Replies, Settings};
+use crate::cuda::{Buffer, CudaError, Device, Graph, IndexSlice, Indices, Result, Slice, SliceMut};
+use crate::model::device::{Attend, DeviceDecoder};
+use crate::rollout::Draw;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
+/// Items of attention for each multiprocessor, where rows need not have the same bits in every batch.
+const ITEMS_PER_MULTIPROCESSOR: usize = 4;
+
+/// A reply that takes part in some steps.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Seat<'a> {
+    /// Key of its random stream.
+    pub(super) key: u64,
+    /// Its newest token, whose keys and values are not in the cache yet.
+    pub(super) last: u32,
+    /// Its tokens, at least one.
+    pub(super) length: usize,
+    /// Tokens of its prompt.
+    pub(super) start: usize,
+    /// Its prompt.
+    pub(super) prompt: &'a CachedTokens,
+    /// Where its own tokens are and will be.
+    pub(super) pages: &'a Pages,
+    /// How many of them those steps may put there in the end.
+    pub(super) positions: usize,
+}
+
+/// Which keys the rows of a step read, and where these lie.
+struct Reading {
+    plan: PagedPlan,
+    page_table: Vec<u32>,
+}
+
+impl Reading {
+    fn new<T: Kept>(decoder: &DeviceDecoder<T>, seats: &[Seat]) -> Result<Self> {
+        let (mut segments, mut page_table, mut numbers) = (Vec::new(), Vec::new(), BTreeMap::new());
+        let mut paths = Vec::with_capacity(seats.len());
+        for seat in seats {
+            let mut path: Vec<usize> = Vec::new();
+            for tokens in seat.prompt.path() {
+                let number = match numbers.entry(tokens.number) {
+                    Entry::Occupied(known) => *known.get(),
+                    Entry::Vacant(new) => {
+                        new.insert(segments.len());
+                        let (first_page, positions) = (page_table.len(), tokens.length);
+                        segments.push(CachedSegment { first_page, positions, grows: false });
+                        page_table.extend_from_slice(tokens.pages.numbers());
+                        segments.len() - 1
+                    }
+                };
+                path.push(number);
+            }
+            path.push(segments.len());
+            let (first_page, positions) = (page_table.len(), seat.positions);
+            segments.push(CachedSegment { first_page, positions, grows: true });
+            page_table.extend_from_slice(seat.pages.numbers());
+            paths.push(path);
+        }
+        let queries = paths.iter().enumerate().map(|(row, path)| PagedQuery { row, path, visible: 0 });
+        let plan = planned(decoder, &segments, &queries.collect::<Vec<_>>())?;
+        Ok(Self { plan, page_table })
+    }
+}
+
+fn planned<T: Kept>(
+    decoder: &DeviceDecoder<T>,
+    segments: &[CachedSegment],
+    queries: &[PagedQuery],
+) -> Result<PagedPlan> {
+    let (config, properties) = (decoder.config(), decoder.device().properties());
+    let group = config.heads / config.kv_heads;
+    let cut = if decoder.is_batch_invariant() {
+        Cut::Invariant
+    } else {
+        let items = (properties.multiprocessors * ITEMS_PER_MULTIPROCESSOR).div_ceil(config.kv_heads);
+        Cut::filling(segments, queries, group, items)
+    };
+    PagedPlan::new(segments, queries, group, cut).map_err(|error| CudaError::Launch {
+        kernel: "decode_attention".into(),
+        reason: format!("{error}; {}", error.hint()),
+    })
+}
+
+/// Rows that are one token each and see what is in pages.
+struct FromPages<'a, T> {
+    decoder: &'a DeviceDecoder<T>,
+    tables: &'a PagedTables,
+    page_table: &'a Buffer<u32>,
+    slots: Slice<'a, i32>,
+    lengths: Slice<'a, u32>,
+    cache: &'a mut Cache<T>,
+    statistics: &'a mut Buffer<f32>,
+    partials: &'a mut Buffer<f32>,
+}
+
+impl<T: Kept> Attend<T> for FromPages<'_, T> {
+    fn attend(
+        &mut self,
+        layer: usize,
+        rotary: &Rotary<T>,
+        before: Option<Slice<T>>,
+        qkv: &mut Buffer<T>,
+        attended: &mut Buffer<T>,
+    ) -> Result<()> {
+        let pages = &mut self.cache.layers[layer];
+        let (keys, values) = (SliceMut::from(&mut pages.keys), SliceMut::from(&mut pages.values));
+        let writes = PageWrites { slots: self.slots, keys, values };
+        // SAFETY: slots are those of pages that came from the cache's pool, at first and as the page table of the replies
+        // has them.
+        unsafe { rotary.forward_into_pages(self.decoder.device(), before, qkv.into(), writes)? };
+        let inputs = PagedInputs {
+            queries: Slice::from(&*qkv),
+            stride: self.decoder.config().qkv_width(),
+            keys: Slice::from(&pages.keys),
+            values: Slice::from(&pages.values),
+            scales: None,
+            page_table: self.page_table.into(),
+            lengths: self.lengths,
+        };
+        let (statistics, partials) = (&mut (&mut *self.statistics).into(), &mut (&mut *self.partials).into());
+        let attention = self.decoder.attention();
+        // SAFETY: the plan was made for these rows and this table, whose pages came from the cache's pool.
+        unsafe { attention.paged(self.tables, &inputs, statistics, partials, &mut SliceMut::from(attended)) }
+    }
+}
+
+/// What of a step is made anew when other replies take part; the graph keeps it.
+struct Step<T> {
+    tables: PagedTables,
+    page_table: Buffer<u32>,
+    statistics: Buffer<f32>,
+    partials: Buffer<f32>,
+    /// For each reply, tokens before it and pages of its own.
+    starts: Buffer<u32>,
+    reply_pages: Buffer<u32>,
+    numbers: Indices,
+    x: Buffer<f32>,
+    work: crate::model::device::Work<T>,
+    states: Buffer<T>,
+    logits: Buffer<f32>,
+    /// Above all positions.
+    positions: usize,
+}
+
+impl<T: Kept> Step<T> {
+    fn new(
+        decoder: &DeviceDecoder<T>,
+        seats: &[Seat],
+        pages_per_reply: usize,
+        capacity: usize,
+    ) -> Result<Self> {
+        let (device, config, rows) = (decoder.device(), decoder.config(), seats.len());
+        let Reading { plan, page_table } = Reading::new(decoder, seats)?;
+        let tables = PagedTables::upload(device, &plan)?;
+        let geometry = config.geometry();
+        let mut reply_pages = vec![0; rows * pages_per_reply];
+        for (own, seat) in reply_pages.chunks_mut(pages_per_reply).zip(seats) {
+            let pages = seat.pages.numbers();
+            own[..pages.len()].copy_from_slice(pages);
+        }
+        let starts: Vec<u32> = seats.iter().map(|seat| seat.start as u32).collect();
+        let numbers: Vec<u32> = (0..rows as u32).collect();
+        Ok(Self {
+            statistics: device.allocate("partial attention", tables.statistics(geometry))?,
+            partials: device.allocate("partial attention", tables.values(geometry))?,
+            tables,
+            page_table: device.upload("pages of rows", &page_table)?,
+            starts: device.upload("starts of replies", &starts)?,
+            reply_pages: device.upload("pages of replies", &reply_pages)?,
+            numbers: Indices::upload(device, "replies", &numbers)?,
+            x: device.allocate("the residual stream", rows * config.hidden_size)?,
+            work: decoder.work(rows)?,
+            states: device.allocate("hidden states", rows * config.hidden_size)?,
+            logits: device.allocate("logits", rows * config.vocab_size)?,
+            positions: seats.iter().map(|seat| seat.start + capacity).max().unwrap_or(0),
+        })
+    }
+}
+
+/// The state of decoding on the device, for some replies side by side.
+#[derive(Debug)]
+pub(super) struct Decoding {
+    settings: Settings,
+    capacity: usize,
+    pages_per_reply: usize,
+    replies: Replies,
+    records: Records,
+    drawn: Drawn,
+    next: NextRows,
+    end_tokens: Buffer<u32>,
+    landings: Vec<Landing>,
+}
+
+impl Decoding {
+    /// For at most so many replies of at most `capacity` tokens, and `lag` steps ahead of the host.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub(super) fn new(
+        device: &Device,
+        settings: Settings,
+        end_tokens: &[u32],
+        (rows, capacity, lag): (usize, usize, usize),
+    ) -> Result<Self> {
+        Ok(Self {
+            settings,
+            capacity,
+            pages_per_reply: capacity.saturating_sub(1).div_ceil(PAGE).max(1),
+            replies: Replies::new(device, rows)?,
+            records: Records::new(device, rows, capacity)?,
+            drawn: Drawn::new(device, rows)?,
+            next: NextRows::new(device, rows)?,
+            end_tokens: device.upload("end tokens", end_tokens)?,
+            landings: (0..lag.max(1)).map(|_| Landing::new(device, rows)).collect::<Result<_>>()?,
+        })
+    }
+
+    /// How many steps the device may be ahead.
+    pub(super) fn lag(&self) -> usize {
+        self.landings.len()
+    }
+
+    /// Records the step of these replies. It may be launched as often as there are positions for it.
+    ///
+    /// # Errors
+    /// When the device has no room or has failed.
+    pub(super) fn record<T: Kept>(
+        &mut self,
+        decoder: &DeviceDecoder<T>,
+        cache: &mut Cache<T>,
+        seats: &[Seat],
+    ) -> Result<Graph> {
+        self.seat(seats)?;
+        let mut step = Step::new(decoder, seats, self.pages_per_reply, self.capacity)?;
+        let angles = decoder.angles(step.positions)?;
+        decoder.device().record(|| self.step(decoder, cache, &angles, &mut step))
+    }
+
+    /// Brings the replies' state to the device.
+    fn seat(&mut self, seats: &[Seat]) -> Result<()> {
+        let rows = seats.len();
+        let of =
+            |value: fn(&Seat) -> usize| seats.iter().map(|seat| value(seat) as u32).collect::<Vec<u32>>();
+        let keys: Vec<u64> = seats.iter().map(|seat| seat.key).collect();
+        let slots: Vec<i32> = seats.iter().map(|seat| seat.pages.slot(seat.length - 1)).collect();
+        let lengths = of(|seat| seat.length);
+        self.replies.keys.slice_mut(..rows)?.upload(&keys)?;
+        self.replies.lengths.slice_mut(..rows)?.upload(&lengths)?;
+        self.replies.finishes.slice_mut(..rows)?.upload(&vec![sampling::LIVE; rows])?;
+        self.next.ids.slice_mut(..rows)?.upload(&of(|seat| seat.last as usize))?;
+        self.next.positions.slice_mut(..rows)?.upload(&of(|seat| seat.start + seat.length - 1))?;
+        self.next.slots.slice_mut(..rows)?.upload(&slots)?;
+        self.next.lengths.slice_mut(..rows)?.upload(&lengths)
+    }
+
+    fn step<T: Kept>(
+        &mut self,
+        decoder: &DeviceDecoder<T>,
+        cache: &mut Cache<T>,
+        angles: &Buffer<f32>,
+        step: &mut Step<T>,
+    ) -> Result<()> {
+        let (device, config, rows) = (decoder.device(), decoder.config(), step.numbers.len());
+        // SAFETY: tokens come from rows of as many logits as the vocabulary has tokens.
+        let ids = unsafe { IndexSlice::assume(self.next.ids.slice(..rows)?, config.vocab_size) };
+        // SAFETY: a reply's positions are below its start and the most tokens that it may have.
+        let positions = unsafe { IndexSlice::assume(self.next.positions.slice(..rows)?, step.positions) };
+        let mut attend = FromPages {
+            decoder,
+            tables: &step.tables,
+            page_table: &step.page_table,
+            slots: self.next.slots.slice(..rows)?,
+            lengths: self.next.lengths.slice(..rows)?,
+            cache,
+            statistics: &mut step.statistics,
+            partials: &mut step.partials,
+        };
+        decoder.embed_into(ids, (&mut step.x).into())?;
+        for layer in 0..config.layers {
+            let rotary = decoder.rotary(layer, angles, positions)?;
+            decoder.layer(layer, &rotary, &mut step.x, &mut step.work, &mut attend)?;
+        }
+        let x = Slice::from(&step.x).into();
+        decoder.logits_into(x, rows, &mut step.states, &mut step.logits)?;
+        self.draw_and_advance(device, config.vocab_size, step)
+    }
+
+    fn draw_and_advance<T: Kept>(
+        &mut self,
+        device: &Device,
+        vocabulary: usize,
+        step: &Step<T>,
+    ) -> Result<()> {
+        let numbers = step.numbers.view();
+        let rows =
+            sampling::Rows { logits: Slice::from(&step.logits), vocabulary, sources: None, replies: numbers };
+        sampling::sample(device, &self.settings, rows, &self.replies, &mut self.drawn)?;
+        let bounds = Bounds {
+            end_tokens: (&self.end_tokens).into(),
+            starts: (&step.starts).into(),
+            page_table: (&step.reply_pages).into(),
+            pages_per_reply: self.pages_per_reply,
+        };
+        let (replies, records, next) = (&mut self.replies, &mut self.records, &mut self.next);
+        // SAFETY: a reply takes part only while it is shorter than its record.
+        unsafe { sampling::advance(device, numbers, &self.drawn, bounds, replies, records, next) }
+    }
+
+    /// Launches a step, whose tokens [`Decoding::landed`] will have.
+    ///
+    /// # Errors
+    /// When the device has failed.
+    pub(super) fn launch(&mut self, graph: &Graph, number: usize) -> Result<()> {
+        graph.launch()?;
+        let lag = self.lag();
+        self.landings[number % lag].copy(&self.drawn)
+    }
+
+    /// The tokens of a step, at most [`Decoding::lag`] behind the last that was launched.
+    ///
+    /// # Errors
+    /// When the device has failed.
+    pub(super) fn landed(&self, number: usize) -> Result<Vec<Draw>> {
+        self.landings[number % self.lag()].draws()
+    }
+}

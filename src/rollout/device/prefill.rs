@@ -1,0 +1,168 @@
+//! Prompts through the model: their keys and values into pages, and the first token of each reply.
+
+use super::Kept;
+use super::landing::Landing;
+use super::pages::{Cache, CachedTokens};
+use super::waiting::Portion;
+use crate::cuda::attention::{ForestInputs, ForestTables};
+use crate::cuda::rotary::{PageWrites, Rotary};
+use crate::cuda::sampling::{self, Drawn, Replies, Settings};
+use crate::cuda::{Buffer, Indices, Result, Slice, SliceMut};
+use crate::model::device::{Attend, Batch, DeviceDecoder};
+use crate::model::{Forest, ModelError};
+use crate::rollout::Draw;
+use crate::rollout::engine::add_trunk;
+use std::rc::Rc;
+
+/// The forest of some prompts, and the segment with which each of them ends.
+fn forest(portions: &[Portion]) -> (Forest, Vec<usize>) {
+    let (mut forest, mut ends) = (Forest::default(), Vec::new());
+    for portion in portions {
+        let trunks = portion
+            .prompts
+            .first()
+            .map(|prompt| add_trunk(&mut forest, &prompt.trunk, portion.cuts()))
+            .unwrap_or_default();
+        for prompt in portion.prompts {
+            ends.push(forest.add(trunks.get(&prompt.length).copied(), &prompt.footer));
+        }
+    }
+    (forest, ends)
+}
+
+/// Rows of a forest that see each other and are kept in pages.
+struct IntoPages<'a, T> {
+    decoder: &'a DeviceDecoder<T>,
+    tables: &'a ForestTables,
+    slots: &'a Buffer<i32>,
+    cache: &'a mut Cache<T>,
+    log_sums: Buffer<f32>,
+}
+
+impl<T: Kept> Attend<T> for IntoPages<'_, T> {
+    fn attend(
+        &mut self,
+        layer: usize,
+        rotary: &Rotary<T>,
+        before: Option<Slice<T>>,
+        qkv: &mut Buffer<T>,
+        attended: &mut Buffer<T>,
+    ) -> Result<()> {
+        let pages = &mut self.cache.layers[layer];
+        let (keys, values) = (SliceMut::from(&mut pages.keys), SliceMut::from(&mut pages.values));
+        let pages = PageWrites { slots: self.slots.into(), keys, values };
+        // SAFETY: slots are those of pages that came from the cache's pool.
+        unsafe { rotary.forward_into_pages(self.decoder.device(), before, qkv.into(), pages)? };
+        let inputs = ForestInputs { qkv: Slice::from(&*qkv), prefix: None };
+        let (out, log_sums) = (&mut SliceMut::from(attended), &mut SliceMut::from(&mut self.log_sums));
+        self.decoder.attention().forest(self.tables, &inputs, out, log_sums)
+    }
+}
+
+/// What comes of prompts.
+pub(super) struct Prefilled {
+    /// What the replies to each prompt continue.
+    pub(super) ends: Vec<Rc<CachedTokens>>,
+    /// The first token of each reply, those of a prompt together.
+    pub(super) first_tokens: Vec<Draw>,
+}
+
+/// Computes prompts; `keys` are those of their replies' random streams, those of a prompt together.
+///
+/// # Errors
+/// When a token is outside the vocabulary, there is no room, or the device has failed.
+pub(super) fn prefill<T: Kept>(
+    decoder: &DeviceDecoder<T>,
+    cache: &mut Cache<T>,
+    portions: &[Portion],
+    settings: &Settings,
+    keys: &[u64],
+) -> std::result::Result<Prefilled, ModelError> {
+    let (forest, ends) = forest(portions);
+    let batch = decoder.batch(&forest)?;
+    let mut segments: Vec<Rc<CachedTokens>> = Vec::with_capacity(forest.segments().len());
+    for segment in forest.segments() {
+        let parent = segment.parent.map(|parent| Rc::clone(&segments[parent]));
+        segments.push(cache.insert(parent, segment.length)?);
+    }
+    let x = residual(decoder, cache, &batch, &segments)?;
+    let rows: Vec<usize> =
+        ends.iter().filter_map(|end| forest.row_before(*end, forest.segments()[*end].length)).collect();
+    let first_tokens = first_tokens(decoder, &x, &batch.places(&rows), settings, keys)?;
+    let ends = ends.into_iter().map(|end| Rc::clone(&segments[end])).collect();
+    Ok(Prefilled { ends, first_tokens })
+}
+
+/// The residual stream behind the last layer.
+fn residual<T: Kept>(
+    decoder: &DeviceDecoder<T>,
+    cache: &mut Cache<T>,
+    batch: &Batch,
+    segments: &[Rc<CachedTokens>],
+) -> Result<Buffer<f32>> {
+    let device = decoder.device();
+    let packed = batch.plan.packed.segments().iter();
+    let slots =
+        packed.flat_map(|at| (0..at.length).map(|position| segments[at.segment].pages.slot(position)));
+    let slots = device.upload("slots of prompts", &slots.collect::<Vec<i32>>())?;
+    let log_sums = device.allocate("log-sums", batch.tables.statistics(decoder.config().geometry()))?;
+    let mut attend = IntoPages { decoder, tables: &batch.tables, slots: &slots, cache, log_sums };
+    let mut x = decoder.embed(batch.ids.view())?;
+    let mut work = decoder.work(batch.rows())?;
+    for layer in 0..decoder.config().layers {
+        let rotary = decoder.rotary(layer, &batch.angles, batch.positions.view())?;
+        decoder.layer(layer, &rotary, &mut x, &mut work, &mut attend)?;
+    }
+    Ok(x)
+}
+
+/// Draws the first tokens of all replies to the prompts whose last tokens are at `places`, some prompts at a time.
+fn first_tokens<T: Kept>(
+    decoder: &DeviceDecoder<T>,
+    x: &Buffer<f32>,
+    places: &[u32],
+    settings: &Settings,
+    keys: &[u64],
+) -> Result<Vec<Draw>> {
+    let samples = keys.len() / places.len().max(1);
+    let mut drawn = Vec::with_capacity(keys.len());
+    let prompts_at_once = decoder.rows_of_logits();
+    for (chunk, places) in places.chunks(prompts_at_once).enumerate() {
+        let indices = Indices::upload(decoder.device(), "rows of prompts", places)?;
+        let logits = decoder.logits(x, indices.view())?;
+        let first = chunk * prompts_at_once * samples;
+        let keys = &keys[first..first + places.len() * samples];
+        drawn.extend(draw_from(decoder, &logits, samples, settings, keys)?);
+    }
+    Ok(drawn)
+}
+
+/// Draws `samples` tokens from each row of logits.
+fn draw_from<T: Kept>(
+    decoder: &DeviceDecoder<T>,
+    logits: &Buffer<f32>,
+    samples: usize,
+    settings: &Settings,
+    keys: &[u64],
+) -> Result<Vec<Draw>> {
+    if keys.is_empty() {
+        return Ok(Vec::new());
+    }
+    let device = decoder.device();
+    let numbers: Vec<u32> = (0..keys.len() as u32).collect();
+    let sources: Vec<u32> = numbers.iter().map(|row| row / samples as u32).collect();
+    let sources = Indices::upload(device, "rows of prompts", &sources)?;
+    let numbers = Indices::upload(device, "replies", &numbers)?;
+    let (mut replies, mut drawn) = (Replies::new(device, keys.len())?, Drawn::new(device, keys.len())?);
+    replies.keys.upload(keys)?;
+    let rows = sampling::Rows {
+        logits: logits.into(),
+        vocabulary: decoder.config().vocab_size,
+        sources: Some(sources.view()),
+        replies: numbers.view(),
+    };
+    sampling::sample(device, settings, rows, &replies, &mut drawn)?;
+    let mut landing = Landing::new(device, keys.len())?;
+    landing.copy(&drawn)?;
+    landing.draws()
+}
