@@ -12,11 +12,10 @@ const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/peers/golde
 const TOLERANCE: f64 = 1e-6;
 
 /// Cases of the golden file that are not implemented, by a part of their name, and why.
-const NOT_IMPLEMENTED: [(&str, &str); 14] = [
+const NOT_IMPLEMENTED: [(&str, &str); 13] = [
     ("luspo", "sequences weigh their length"),
     ("sapo", "smooth gate in place of the clip"),
     ("vespo", "soft weight on the sequence ratio"),
-    ("cispo", "capped ratio as a detached weight of the log-probability"),
     ("gspo", "sequence-level ratio"),
     ("delta", "two-sided clip"),
     ("scale_batch", "standard deviation over the batch, which ties groups together"),
@@ -52,7 +51,7 @@ fn number(config: &Value, key: &str) -> f32 {
 fn loss_mean(config: &Value) -> LossMean {
     match config["loss_type"].as_str().unwrap() {
         "grpo" => LossMean::Sequence,
-        "bnpo" | "dapo" => LossMean::Token,
+        "bnpo" | "dapo" | "cispo" => LossMean::Token,
         "dr_grpo" => LossMean::Constant,
         other => panic!("loss type {other} is neither implemented nor listed as missing"),
     }
@@ -65,7 +64,8 @@ fn policy_loss(config: &Value) -> PolicyLoss {
         estimator: KlEstimator::K3,
         importance_weighted: config["use_bias_correction_kl"].as_bool().unwrap(),
     });
-    PolicyLoss { clip_low: number(config, "eps_low"), clip_high: number(config, "eps_high"), kl }
+    let cap = (config["loss_type"] == "cispo").then(|| number(config, "eps_high"));
+    PolicyLoss { clip_low: number(config, "eps_low"), clip_high: number(config, "eps_high"), cap, kl }
 }
 
 /// A token's sequence, place, loss and weight.

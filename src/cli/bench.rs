@@ -1,6 +1,6 @@
 //! `rpt bench`: what steps, sampling, training and products cost here.
 
-use super::input::{Model, dtype, products};
+use super::input::{DeviceArguments, Model, dtype, products};
 use super::output;
 use rpt::bench::{self, DecodeWork, TrainWork, Workload};
 use rpt::model::{Dtype, Products};
@@ -82,6 +82,8 @@ struct Common {
     /// How products are computed: f32, or bf16 with weights of bf16
     #[arg(long, value_name = "FORMAT", value_parser = products, default_value = "f32")]
     products: Products,
+    #[command(flatten)]
+    device: DeviceArguments,
     /// Rounds that are measured, after one that is not
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
@@ -93,7 +95,7 @@ struct Common {
 impl Common {
     fn load(&self) -> rpt::Result<Model> {
         let mut model = Model::of_directory(&self.model, self.dtype)?;
-        model.decoder = model.decoder.with_products(self.products)?;
+        model.decoder = self.device.place(model.decoder.with_products(self.products)?)?;
         model.tokenizer.check_vocabulary(model.decoder.config().vocab_size)?;
         Ok(model)
     }

@@ -3,7 +3,7 @@
 use super::output;
 use anyhow::Context;
 use rpt::config::{Pipeline, TokenizerConfig};
-use rpt::model::{Decoder, Dtype, Products};
+use rpt::model::{Decoder, DeviceName, DeviceSettings, Dtype, Products};
 use rpt::pipeline::RunDirectory;
 use rpt::tokenize::{SpecialTokens, Tokenizer};
 use std::io::Read;
@@ -53,6 +53,24 @@ pub(super) struct ModelArguments {
     /// Run directory: its newest model, prompt template and sampling settings
     #[arg(long, value_name = "RUN")]
     run: Option<PathBuf>,
+}
+
+/// Where a model computes.
+#[derive(clap::Args)]
+pub(super) struct DeviceArguments {
+    /// Where the model computes: cpu, cuda, or cuda:1 for the second of several devices
+    #[arg(long, value_name = "NAME", default_value_t)]
+    device: DeviceName,
+    /// On a device: rows have the same bits in every batch, as they always have on the CPU
+    #[arg(long)]
+    batch_invariant: bool,
+}
+
+impl DeviceArguments {
+    /// The model where it is to compute.
+    pub(super) fn place(&self, decoder: Decoder) -> rpt::Result<Decoder> {
+        Ok(decoder.on(DeviceSettings::open(self.device, self.batch_invariant)?.as_ref()))
+    }
 }
 
 /// A model with its tokenizer and, if it comes from a run, the pipeline that made it.

@@ -1,15 +1,12 @@
 //! `rpt logprobs`: what a model says about a sequence.
 
 use super::failure::Usage;
-use super::input::{Model, dtype, read_text, say};
+use super::input::{DeviceArguments, Model, dtype, read_text, say};
 use super::output;
-use rpt::model::{Decoder, Dtype, Forest, ModelError, Workspace};
+use rpt::model::{Decoder, Dtype, ModelError};
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::PathBuf;
-
-/// Rows whose log-probabilities are computed at a time: bounds the memory for logits.
-const ROWS_AT_ONCE: usize = 256;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -21,6 +18,8 @@ pub(super) struct Arguments {
     /// Number format of the weights: f32, bf16 or f16 [default: that of the files]
     #[arg(long, value_name = "FORMAT", value_parser = dtype)]
     dtype: Option<Dtype>,
+    #[command(flatten)]
+    device: DeviceArguments,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -52,6 +51,7 @@ struct Scores {
 impl Arguments {
     pub(super) fn execute(&self) -> anyhow::Result<()> {
         let (decoder, ids) = self.load()?;
+        let decoder = self.device.place(decoder)?;
         if ids.is_empty() {
             return Err(Usage::new("the sequence is empty", "give at least one id or character").into());
         }
@@ -75,22 +75,10 @@ impl Arguments {
 
 impl Scores {
     fn of(decoder: &Decoder, ids: Vec<u32>) -> Result<Self, ModelError> {
-        let mut forest = Forest::default();
-        forest.add(None, &ids);
-        let (mut cache, mut workspace) = (decoder.new_cache(), Workspace::default());
-        let extensions = forest.enter(&mut cache);
-        decoder.forward(&ids, &extensions, &mut cache, &mut workspace, None)?;
-        // The last row has no next id; any will do for its entropy.
-        let targets: Vec<u32> = ids.iter().skip(1).copied().chain([0]).collect();
-        let (mut logprobs, mut entropy) = (Vec::with_capacity(ids.len()), Vec::with_capacity(ids.len()));
-        let rows: Vec<usize> = (0..ids.len()).collect();
-        for (rows, targets) in rows.chunks(ROWS_AT_ONCE).zip(targets.chunks(ROWS_AT_ONCE)) {
-            let states = decoder.hidden(&workspace, rows);
-            for score in decoder.score(&states, targets, 1.0, &mut workspace) {
-                logprobs.push(score.logprob);
-                entropy.push(score.entropy);
-            }
-        }
+        let scores = decoder.score_sequence(&ids)?;
+        let entropy = scores.iter().map(|score| score.entropy).collect();
+        let mut logprobs: Vec<f32> = scores.iter().map(|score| score.logprob).collect();
+        // There is no id behind the last one.
         logprobs.pop();
         Ok(Self { ids, logprobs, entropy })
     }

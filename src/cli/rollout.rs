@@ -1,6 +1,6 @@
 //! `rpt rollout`: replies at the end of a text.
 
-use super::input::{Model, ModelArguments, TextArguments};
+use super::input::{DeviceArguments, Model, ModelArguments, TextArguments};
 use super::output;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use rpt::config::{RolloutConfig, TemplateName};
@@ -59,6 +59,8 @@ pub(super) struct Arguments {
     /// Key of the random numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    #[command(flatten)]
+    device: DeviceArguments,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -83,7 +85,8 @@ struct Reply {
 impl Arguments {
     pub(super) fn execute(&self) -> anyhow::Result<()> {
         let text = self.text.read()?;
-        let model = self.model.load(self.stage.as_deref())?;
+        let mut model = self.model.load(self.stage.as_deref())?;
+        model.decoder = self.device.place(model.decoder)?;
         let prompt = self.prompt(&model, &text)?;
         let replies = self.sample(&model, &prompt)?;
         if self.json {

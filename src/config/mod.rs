@@ -549,6 +549,13 @@ pub struct TrainConfig {
     pub clip_low: Option<f32>,
     /// Upper clip width of the importance ratio.
     pub clip_high: Option<f32>,
+    /// Weigh every token by its importance ratio, at most this, in place of clipping the ratio: truncated
+    /// importance sampling for an engine that is not bit for bit the trainer (2 is usual), and CISPO where a
+    /// step makes several updates (5 is usual).
+    pub importance_cap: Option<f32>,
+    /// Largest mean difference, over the tokens of a step's first update, between the log-probabilities of
+    /// engine and trainer; above it the run stops. On the CPU, and in the mode `batch_invariant`, there is none.
+    pub max_logprob_gap: f32,
     /// Optimiser updates made from one step's rollouts (1 = exactly on-policy).
     pub updates_per_step: usize,
     /// Weight of the divergence from the model at the start of the stage (0 = off).
@@ -579,6 +586,8 @@ impl Default for TrainConfig {
             loss_mean: None,
             clip_low: None,
             clip_high: None,
+            importance_cap: None,
+            max_logprob_gap: 0.1,
             updates_per_step: 1,
             kl_weight: 0.0,
             kl_estimator: KlEstimator::K2,

@@ -1,8 +1,8 @@
 //! Combinations of values that could not work, refused before anything runs.
 
-use super::{ConfigError, CorpusConfig, OptimizerConfig, Pipeline, Selection};
+use super::{ConfigError, CorpusConfig, OptimizerConfig, OptimizerKind, Pipeline, Selection};
 use crate::hub::{HubError, HubReference, RepositoryKind, is_remote};
-use crate::model::{Dtype, MODULES, Products};
+use crate::model::{DeviceName, Dtype, MODULES, Products};
 use std::path::{Path, PathBuf};
 
 type Check = Result<(), ConfigError>;
@@ -71,6 +71,7 @@ impl Pipeline {
             "needs weights of bf16",
             "set model.dtype = \"bf16\" as well",
         )?;
+        self.validate_device()?;
         if let Some(lora) = &self.model.lora {
             require(
                 path,
@@ -112,6 +113,41 @@ impl Pipeline {
             "model.scratch",
             "needs at least one layer and an inner width",
             "set num_hidden_layers and intermediate_size",
+        )
+    }
+
+    /// What is only done on the CPU.
+    fn validate_device(&self) -> Check {
+        if self.model.device == DeviceName::Cpu {
+            return Ok(());
+        }
+        require(
+            self.model.dtype != Some(Dtype::F16),
+            "model.dtype",
+            "a CUDA device takes weights of bf16 and f32",
+            "set model.dtype = \"bf16\"",
+        )?;
+        require(
+            self.tasks.top_k <= 64,
+            "tasks.top_k",
+            "a CUDA device takes entropies over at most 64 tokens",
+            "the paper uses 16",
+        )?;
+        require(
+            self.model.lora.is_none(),
+            "model.lora",
+            "adapters are trained on the CPU alone",
+            "remove [model.lora], or set model.device = \"cpu\"",
+        )?;
+        let pretrain = self.pretrain.as_ref().map(|stage| &stage.optimizer);
+        let cold_start = self.cold_start.as_ref().map(|stage| &stage.optimizer);
+        let train = self.train.as_ref().map(|stage| &stage.optimizer);
+        let mut optimizers = [pretrain, cold_start, train].into_iter().flatten();
+        require(
+            optimizers.all(|optimizer| optimizer.kind == OptimizerKind::Adamw),
+            "optimizer.kind",
+            "Muon runs on the CPU alone",
+            "use kind = \"adamw\", or set model.device = \"cpu\"",
         )
     }
 
@@ -243,6 +279,13 @@ impl Pipeline {
                 "train.kl_weight",
                 "must be a finite number of at least 0, as must ntp_weight, clip_low and clip_high",
                 "0 switches a penalty off",
+            )?;
+            require(
+                train.importance_cap.is_none_or(|cap| cap.is_finite() && cap > 0.0)
+                    && train.max_logprob_gap >= 0.0,
+                "train.importance_cap",
+                "must be a finite number above 0, and max_logprob_gap one of at least 0",
+                "2 is usual",
             )?;
             require(
                 train.updates_per_step <= train.tasks_per_step,

@@ -37,6 +37,7 @@ pub mod module;
 pub mod norm;
 pub mod optimizer;
 pub mod paged;
+pub mod positions;
 pub mod quantized;
 pub mod reduce;
 pub mod rotary;

@@ -1,17 +1,16 @@
 //! Accuracy of greedy predictions at held-out positions.
 
 use super::bootstrap::interval;
-use super::proxy::for_each_logits;
+use super::proxy::most_probable;
 use super::{Accuracy, Breakdown, Evaluation};
 use crate::config::{EvalConfig, TasksConfig};
 use crate::error::Error;
-use crate::model::{Decoder, ModelError, Workspace};
+use crate::model::Decoder;
 use crate::random::Stream;
 use crate::reward::{Outcome, Truth, Verifier};
-use crate::rollout::{Engine, Finish, Prompt, argmax};
-use crate::tasks::{PromptTemplate, Task, TaskDocument, TaskShards};
+use crate::rollout::{Engine, Finish, Prompt};
+use crate::tasks::{Position, PromptTemplate, Task, TaskDocument, TaskShards};
 use crate::tokenize::Tokenizer;
-use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -171,47 +170,39 @@ fn inside(entropy: f32, (low, high): (f32, f32)) -> bool {
 /// # Errors
 /// When the decoder cannot be run.
 pub fn plain(decoder: &Decoder, set: &EvalSet, header: &[u32]) -> Result<Evaluation, Error> {
-    let results: Vec<(Vec<Answer>, u64)> = set
-        .documents
-        .par_iter()
-        .enumerate()
-        .map(|(number, document)| plain_document(decoder, set, number as u64, document, header))
-        .collect::<Result<_, ModelError>>()?;
-    let flops = results.iter().map(|(_, flops)| flops).sum();
-    let answers: Vec<Answer> = results.into_iter().flat_map(|(answers, _)| answers).collect();
+    let read = |document: &Arc<TaskDocument>| {
+        let last = document.positions.iter().map(|position| position.index as usize).max().unwrap_or(0);
+        header.iter().chain(&document.tokens[..last]).copied().collect()
+    };
+    let sequences: Vec<Vec<u32>> = set.documents.iter().map(read).collect();
+    let (best, flops) = most_probable(decoder, &sequences)?;
+    let documents = (0..).zip(&set.documents).zip(&best);
+    let answers: Vec<Answer> = documents
+        .flat_map(|((number, document), best)| plain_answers(set, number, document, best, header.len()))
+        .collect();
     Ok(Evaluation { flops, ..set.evaluation(&answers) })
 }
 
-fn plain_document(
-    decoder: &Decoder,
+/// Answers at a document's positions; `best[i]` is the most probable token behind token i of header and document.
+fn plain_answers(
     set: &EvalSet,
     number: u64,
     document: &TaskDocument,
-    header: &[u32],
-) -> Result<(Vec<Answer>, u64), ModelError> {
-    let last = document.positions.iter().map(|position| position.index as usize).max().unwrap_or(0);
-    let ids: Vec<u32> = header.iter().chain(&document.tokens[..last]).copied().collect();
-    let mut best = vec![0; ids.len()];
-    let mut workspace = Workspace::default();
-    for_each_logits(decoder, std::slice::from_ref(&ids), &mut workspace, |_, row, logits| {
-        best[row] = argmax(logits) as u32;
-    })?;
-    let answers = document
-        .positions
-        .iter()
-        .filter_map(|position| {
-            let row = (header.len() + position.index as usize).checked_sub(1)?;
-            let truth = *document.tokens.get(position.index as usize)?;
-            Some(Answer {
-                document: number,
-                label: position.label.clone(),
-                entropy: position.entropy,
-                drawn: set.drawn.contains(&(number, position.index)),
-                right: best.get(row) == Some(&truth),
-            })
+    best: &[u32],
+    header: usize,
+) -> Vec<Answer> {
+    let answer = |position: &Position| {
+        let row = (header + position.index as usize).checked_sub(1)?;
+        let truth = *document.tokens.get(position.index as usize)?;
+        Some(Answer {
+            document: number,
+            label: position.label.clone(),
+            entropy: position.entropy,
+            drawn: set.drawn.contains(&(number, position.index)),
+            right: best.get(row) == Some(&truth),
         })
-        .collect();
-    Ok((answers, workspace.flops))
+    };
+    document.positions.iter().filter_map(answer).collect()
 }
 
 /// Reasoned next-token prediction: one greedy reply per position, scored by the verifier.

@@ -14,6 +14,7 @@ mod layout;
 mod lora;
 mod peft;
 mod placement;
+mod sequence;
 mod tensors;
 mod weights;
 

@@ -197,7 +197,7 @@ impl RunDirectory {
         if run.sources.held_out.is_some() && !has_tasks(&run, "eval")? {
             build_tasks(&run, "eval", Some(&finished_base(&run)?))?;
         }
-        match Evaluator::open(&run)?.both(&decoder)? {
+        match Evaluator::open(&run)?.both(&decoder.on(run.device.as_ref()))? {
             Some((plain, reasoned)) => Ok(serde_json::json!({ "plain": plain, "reasoned": reasoned })),
             None => Err(PipelineError::Missing {
                 message: "the pipeline has no held-out text".into(),
@@ -269,7 +269,7 @@ impl RunDirectory {
 /// When pre-training has not finished, or the model cannot be loaded.
 pub(super) fn finished_base(run: &Run) -> Result<Decoder, Error> {
     if run.pipeline.pretrain.is_none() {
-        return initial_decoder(&run.local, &run.vocabulary);
+        return Ok(initial_decoder(&run.local, &run.vocabulary)?.on(run.device.as_ref()));
     }
     let finished = newest_state(&run.paths, "pretrain", &run.identity)?
         .is_some_and(|state| state["step"].is_u64() && state["step"] == state["steps"]);

@@ -70,6 +70,19 @@ pub enum PipelineError {
         /// What was seen.
         symptom: String,
     },
+    /// Engine and trainer disagree about what was sampled.
+    #[error(
+        "at step {step} the log-probabilities of engine and trainer differ by {gap:.4} a token, and train.max_logprob_gap \
+         is {limit}"
+    )]
+    LogprobGap {
+        /// The step.
+        step: u64,
+        /// Mean difference without its sign.
+        gap: f64,
+        /// The limit.
+        limit: f32,
+    },
     /// The pipeline lacks something that the command needs.
     #[error("{message}")]
     Missing {
@@ -105,6 +118,11 @@ impl PipelineError {
             Self::Collapsed { .. } => {
                 "lower train.optimizer.learning_rate or tasks.max_entropy: unpredictable positions teach that \
                  thinking is useless"
+                    .into()
+            }
+            Self::LogprobGap { .. } => {
+                "set model.batch_invariant = true, which takes the difference away, or train.importance_cap = 2.0, which \
+                 corrects for it, with a higher limit"
                     .into()
             }
             Self::Missing { hint, .. } => hint.clone(),

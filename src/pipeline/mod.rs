@@ -140,7 +140,7 @@ impl Trained {
 
 /// Next-token pre-training, or the model that the pipeline names.
 fn pretrain(run: &Run) -> Result<(Decoder, Option<StageState<Cursor>>), Error> {
-    let initial = || initial_decoder(&run.local, &run.vocabulary);
+    let initial = || Ok::<_, Error>(initial_decoder(&run.local, &run.vocabulary)?.on(run.device.as_ref()));
     let Some(config) = &run.pipeline.pretrain else { return Ok((initial()?, None)) };
     let stage = SupervisedStage { name: "pretrain", steps: config.steps, optimizer: &config.optimizer };
     let start = || Ok((initial()?, 0, Cursor::default()));

@@ -263,6 +263,7 @@ impl<'run> Reinforcement<'run> {
             .collect();
         let mut sum = UpdateStats::default();
         let share = kept.len().div_ceil(self.config.updates_per_step).max(1);
+        let first = self.stage.state.source.updates;
         for part in kept.chunks(share) {
             let batches = policy_batches(
                 part,
@@ -274,13 +275,27 @@ impl<'run> Reinforcement<'run> {
             let inverse_temperature = sampling(self.stage.run).inverse_temperature();
             let reference = self.reference.as_ref();
             let stats = self.stage.trainer.update(&batches, &self.loss, inverse_temperature, reference)?;
+            // Later updates move away from the policy that sampled: that is no fault of the arithmetic.
+            if self.stage.state.source.updates == first {
+                self.check_gap(&stats)?;
+            }
             sum.totals.absorb(&stats.totals);
+            sum.retries += stats.retries;
             sum.gradient_norm = sum.gradient_norm.max(stats.gradient_norm);
             sum.learning_rate = stats.learning_rate;
             sum.times += stats.times;
             self.stage.state.source.updates += 1;
         }
         Ok(sum)
+    }
+
+    /// Law 2: engine and trainer must say nearly the same.
+    fn check_gap(&self, stats: &UpdateStats) -> Result<(), Error> {
+        let (gap, limit) = (stats.totals.mean_gap(), self.config.max_logprob_gap);
+        if gap <= f64::from(limit) {
+            return Ok(());
+        }
+        Err(PipelineError::LogprobGap { step: self.stage.state.step + 1, gap, limit }.into())
     }
 
     fn close_ledger(&mut self, groups: &[Group]) -> Result<(), Error> {
@@ -428,7 +443,12 @@ fn set_update_figures(metrics: &mut Metrics, stats: &UpdateStats) {
     metrics.set("gradient_norm", stats.gradient_norm);
     metrics.set("learning_rate", stats.learning_rate);
     metrics.set("logprob_gap", totals.largest_mismatch);
+    metrics.set("logprob_gap/mean", totals.mean_gap());
+    metrics.set("logprob_gap/large", per_token(totals.large_mismatches as f64));
     metrics.set("mismatched_tokens", totals.mismatched);
+    if stats.retries > 0 {
+        metrics.set("out_of_memory_retries", stats.retries);
+    }
     metrics.set("clipped", per_token(totals.clipped as f64));
     metrics.set("kl", per_token(totals.kl));
 }

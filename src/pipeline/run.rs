@@ -8,6 +8,7 @@ use crate::checkpoint::{CheckpointError, RunLock, atomic_write};
 use crate::config::{CorpusConfig, Loaded, Pipeline};
 use crate::corpus::Corpus;
 use crate::error::Error;
+use crate::model::DeviceSettings;
 use crate::report::{Log, MetricsLog};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -92,6 +93,8 @@ pub struct Run {
     pub vocabulary: Vocabulary,
     /// Digest of the pipeline; every checkpoint carries it.
     pub identity: String,
+    /// The device that models compute on, if not the CPU.
+    pub device: Option<DeviceSettings>,
     interrupt: Arc<AtomicBool>,
     _lock: RunLock,
 }
@@ -125,6 +128,7 @@ impl Run {
         lock: fn(&Path) -> Result<RunLock, CheckpointError>,
     ) -> Result<Self, Error> {
         let pipeline = loaded.pipeline.clone();
+        let device = DeviceSettings::open(pipeline.model.device, pipeline.model.batch_invariant)?;
         let paths = Paths(directory);
         let text = resolved_text(&pipeline)?;
         claim(&paths, &text)?;
@@ -148,6 +152,7 @@ impl Run {
             sources,
             vocabulary,
             identity,
+            device,
             interrupt: interrupt.clone(),
             _lock: lock,
         })

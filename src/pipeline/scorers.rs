@@ -38,7 +38,7 @@ impl<'a> Scorers<'a> {
         }
         let named = |path: Option<&Path>| -> Result<Option<Cow<'a, Decoder>>, Error> {
             let Some(path) = path else { return Ok(None) };
-            let decoder = Decoder::load(path)?;
+            let decoder = Decoder::load(path)?.on(run.device.as_ref());
             run.vocabulary.tokenizer.check_vocabulary(decoder.config().vocab_size)?;
             Ok(Some(Cow::Owned(decoder)))
         };

@@ -113,6 +113,7 @@ impl<'run, S: Clone + Serialize + DeserializeOwned> Stage<'run, S> {
         };
         let state: StageState<S> = checkpoint.json("state")?;
         let (decoder, parameters) = read_decoder(&checkpoint, &run.local)?;
+        let decoder = decoder.on(run.device.as_ref());
         if state.step >= state.steps {
             return Ok(Opened::Finished(Box::new(Finished { decoder, state })));
         }

@@ -3,7 +3,7 @@
 use super::batch::{Component, MicroBatch};
 use super::objective::{Objective, Totals, rows_and_tokens};
 use super::optimizer::{
-    AdamwStep, OptimizerError, ParameterGroup, ParameterKind, check_layout, locate_non_finite,
+    AdamwStep, ParameterGroup, ParameterKind, check_layout, locate_non_finite,
 };
 use super::schedule::learning_rate;
 use super::trainer::{TrainError, TrainerState, UpdateStats, UpdateTimes};

@@ -32,7 +32,7 @@ pub struct TokenLoss {
     pub kl: f32,
     /// A negative advantage had its ratio clipped at 1 - `clip_low`.
     pub clipped_low: bool,
-    /// A positive advantage had its ratio clipped at 1 + `clip_high`.
+    /// A positive advantage had its ratio clipped at 1 + `clip_high`; or any had it capped.
     pub clipped_high: bool,
 }
 
@@ -71,6 +71,15 @@ pub struct PolicyLoss {
     pub clip_low: f32,
     /// Upper clip width.
     pub clip_high: f32,
+    /// Weigh tokens by their ratio, at most this, instead of clipping it:
+    ///
+    /// ```text
+    /// loss = -sg(min(rho, cap)) A logprob + weight KL
+    /// ```
+    ///
+    /// (CISPO, arXiv 2506.13585 eq. 4, as TRL has it.) In the first update of a step rho is the ratio of trainer to
+    /// engine, and this is truncated importance sampling.
+    pub cap: Option<f32>,
     /// Penalty on the divergence from the reference model.
     pub kl: Option<KlPenalty>,
 }
@@ -87,7 +96,7 @@ impl PolicyLoss {
             estimator: config.kl_estimator,
             importance_weighted: config.kl_estimator == KlEstimator::K2,
         });
-        Self { clip_low: recipe.clip_low, clip_high: recipe.clip_high, kl }
+        Self { clip_low: recipe.clip_low, clip_high: recipe.clip_high, cap: config.importance_cap, kl }
     }
 
     /// Loss and derivative of one token.
@@ -97,17 +106,13 @@ impl PolicyLoss {
     pub fn token(&self, token: &PolicyToken) -> TokenLoss {
         let ratio = (f64::from(token.logprob) - f64::from(token.old_logprob)).exp();
         let advantage = f64::from(token.advantage);
-        let (lower, upper) = (1.0 - f64::from(self.clip_low), 1.0 + f64::from(self.clip_high));
-        let clipped_low = ratio < lower && advantage < 0.0;
-        let clipped_high = ratio > upper && advantage > 0.0;
-        let (surrogate, slope) = match (clipped_low, clipped_high) {
-            (true, _) => (lower * advantage, 0.0),
-            (_, true) => (upper * advantage, 0.0),
-            _ => (ratio * advantage, ratio * advantage),
+        let Surrogate { value, slope, clipped_low, clipped_high } = match self.cap {
+            None => self.clipped(ratio, advantage),
+            Some(cap) => capped(ratio, advantage, token.logprob, cap),
         };
         let penalty = self.kl.map(|kl| kl.evaluate(token, ratio)).unwrap_or_default();
         TokenLoss {
-            loss: (penalty.weighted - surrogate) as f32,
+            loss: (penalty.weighted - value) as f32,
             gradient: (penalty.gradient - slope) as f32,
             ratio: ratio as f32,
             kl: penalty.kl as f32,
@@ -115,6 +120,36 @@ impl PolicyLoss {
             clipped_high,
         }
     }
+}
+
+/// What is to be maximised for a token, and its derivative.
+struct Surrogate {
+    value: f64,
+    slope: f64,
+    clipped_low: bool,
+    clipped_high: bool,
+}
+
+impl PolicyLoss {
+    /// PPO's clipped ratio.
+    fn clipped(&self, ratio: f64, advantage: f64) -> Surrogate {
+        let (lower, upper) = (1.0 - f64::from(self.clip_low), 1.0 + f64::from(self.clip_high));
+        let clipped_low = ratio < lower && advantage < 0.0;
+        let clipped_high = ratio > upper && advantage > 0.0;
+        let (value, slope) = match (clipped_low, clipped_high) {
+            (true, _) => (lower * advantage, 0.0),
+            (_, true) => (upper * advantage, 0.0),
+            _ => (ratio * advantage, ratio * advantage),
+        };
+        Surrogate { value, slope, clipped_low, clipped_high }
+    }
+}
+
+/// The log-probability, weighted by the capped ratio.
+fn capped(ratio: f64, advantage: f64, logprob: f32, cap: f32) -> Surrogate {
+    let slope = ratio.min(f64::from(cap)) * advantage;
+    let clipped_high = ratio > f64::from(cap);
+    Surrogate { value: slope * f64::from(logprob), slope, clipped_low: false, clipped_high }
 }
 
 /// A divergence estimate, the same times its weight, and the derivative of the latter.

@@ -107,6 +107,11 @@ impl Totals {
         if loss.is_finite() { Ok(()) } else { Err(TrainError::NonFiniteLoss { update, loss }) }
     }
 
+    /// Mean difference from the engine's log-probabilities over the policy tokens, without its sign.
+    pub fn mean_gap(&self) -> f64 {
+        self.mismatch / self.policy_tokens.max(1) as f64
+    }
+
     /// Law 2: how far the trainer's log-probability of a token is from the engine's.
     fn compare(&mut self, logprob: f32, engine_logprob: f32) {
         let mismatch = (logprob - engine_logprob).abs();
