@@ -47,14 +47,12 @@ impl Runs {
         side("add_rows_by_run", targets.len())?;
         let mut order: Vec<usize> = (0..targets.len()).collect();
         order.sort_by_key(|row| targets[*row]);
-        let (mut starts, mut distinct) = (Vec::new(), Vec::new());
+        let (mut starts, mut distinct, mut end) = (vec![0], Vec::new(), 0);
         for run in order.chunk_by(|a, b| targets[*a] == targets[*b]) {
             distinct.push(targets[run[0]]);
-            starts.push(run.len() as u32);
+            end += run.len() as u32;
+            starts.push(end);
         }
-        let mut start = 0;
-        starts.iter_mut().for_each(|length| start += std::mem::replace(length, start));
-        starts.push(start);
         let order: Vec<u32> = order.into_iter().map(|row| row as u32).collect();
         let upload = |values: &[u32]| Indices::upload(device, "runs of rows", values);
         Ok(Self { order: upload(&order)?, starts: upload(&starts)?, targets: upload(&distinct)? })

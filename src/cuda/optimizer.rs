@@ -3,7 +3,7 @@
 
 use super::gemm::Element;
 use super::lengths::{refuse, room};
-use super::{Buffer, Device, Result, Shape, Slice, SliceMut};
+use super::{Buffer, Device, Launch, Result, Shape, Slice, SliceMut};
 use std::ops::Range;
 
 const THREADS: usize = 256;
@@ -158,7 +158,7 @@ pub fn adamw<T: Element, M: Element>(
     let launch = launch.read(gradients).read(&clip.figures);
     let AdamwStep { beta1, beta2, epsilon, keep, rate, second_correction, seed } = *step;
     let figures = [beta1, beta2, epsilon, keep, rate, second_correction];
-    let launch = figures.into_iter().fold(launch, |launch, figure| launch.value(figure)).value(seed);
+    let launch = figures.into_iter().fold(launch, Launch::value).value(seed);
     let (average, decay) = state.average.unzip();
     let launch = launch.write(state.parameters).write(state.first).write(state.second);
     let launch = launch.write_optional(state.weights).write_optional(average);

@@ -5,7 +5,7 @@
 
 use super::gemm::{Element, gradient_suffix};
 use super::lengths::{refuse, room, same_length, side};
-use super::{Device, IndexSlice, Result, Shape, Slice, SliceMut, reduce};
+use super::{Device, IndexSlice, Launch, Result, Shape, Slice, SliceMut, reduce};
 use crate::kernels::attention::Geometry;
 
 const THREADS: usize = 256;
@@ -100,7 +100,7 @@ impl<T: Element> Rotary<'_, T> {
         let sizes = self.sizes(&name)?;
         // SAFETY: the parameters are those of the kernel; lengths and positions were checked, and slots are the caller's
         // promise.
-        unsafe { sizes.into_iter().fold(launch, |launch, size| launch.value(size)).launch() }
+        unsafe { sizes.into_iter().fold(launch, Launch::value).launch() }
     }
 
     /// The gradient of the forward pass's `from`, from that of its `out`. With norms `before` is that `from`, and the
@@ -140,7 +140,7 @@ impl<T: Element> Rotary<'_, T> {
         let launch = launch.write_optional(partial.as_mut());
         let sizes = self.sizes(&name)?;
         // SAFETY: the parameters are those of the kernel; lengths and positions were checked.
-        unsafe { sizes.into_iter().fold(launch, |launch, size| launch.value(size)).launch()? };
+        unsafe { sizes.into_iter().fold(launch, Launch::value).launch()? };
         match (partial, grad_norms) {
             (Some(partial), Some(target)) => reduce::add_partial_sums(device, (&partial).into(), target),
             _ => Ok(()),

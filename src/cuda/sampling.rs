@@ -196,7 +196,7 @@ impl Records {
 
     fn check(&self, named: IndexSlice) -> Result<()> {
         let logprobs = [&self.logprobs, &self.policy_logprobs, &self.sampling_logprobs];
-        let lengths = logprobs.map(|all| all.len()).into_iter().chain([self.tokens.len()]);
+        let lengths = logprobs.map(Buffer::len).into_iter().chain([self.tokens.len()]);
         let capacity = self.capacity.max(1);
         lengths.into_iter().try_for_each(|length| named.check("records of replies", length / capacity))
     }
@@ -238,7 +238,7 @@ pub struct NextRows {
 }
 
 impl NextRows {
-    /// Of so many rows: zeros.
+    /// Of so many rows, without slots.
     ///
     /// # Errors
     /// As [`Device::zeroed`].
@@ -246,7 +246,7 @@ impl NextRows {
         Ok(Self {
             ids: device.zeroed("tokens of rows", rows)?,
             positions: device.zeroed("positions of rows", rows)?,
-            slots: device.zeroed("slots of rows", rows)?,
+            slots: device.upload("slots of rows", &vec![-1; rows])?,
             lengths: device.zeroed("lengths of rows", rows)?,
         })
     }
@@ -257,7 +257,7 @@ impl NextRows {
     }
 }
 
-/// Appends the drawn token of each row to its reply's record unless that has ended, ends replies that drew an end token or
+/// Appends the drawn token of each row to the record of its reply, another one in every row, unless that has ended; ends replies that drew an end token or
 /// are as long as their record, and says what comes next. A reply that ends attends to what is in the cache; later launches
 /// change nothing of it.
 ///

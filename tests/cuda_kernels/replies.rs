@@ -1,6 +1,11 @@
 //! The bookkeeping of decoding in sampling.cu against a plain model of it.
 
-use crate::support::{Arg, Gpu, Memory, values};
+use crate::cuda_emulator::device;
+use crate::support::{assert_refused, store, upload, values};
+use rpt::cuda::sampling::{
+    Bounds, Drawn, END_TOKEN, LIVE, NextRows, Records, Replies, Rows, Settings, TOO_LONG, advance, sample,
+};
+use rpt::cuda::{Buffer, Device, Indices, Result};
 
 const REPLIES: usize = 5;
 const CAPACITY: usize = 20;
@@ -12,7 +17,7 @@ const END: u32 = 3;
 struct Reply {
     tokens: Vec<u32>,
     logprobs: [Vec<f32>; 3],
-    finish: i32,
+    finish: u32,
 }
 
 impl Reply {
@@ -20,96 +25,78 @@ impl Reply {
         self.tokens.push(token);
         self.logprobs.iter_mut().zip(logprobs).for_each(|(all, one)| all.push(one));
         self.finish = match token {
-            END => 1,
-            _ if self.tokens.len() >= CAPACITY => 2,
-            _ => 0,
+            END => END_TOKEN,
+            _ if self.tokens.len() >= CAPACITY => TOO_LONG,
+            _ => LIVE,
         };
     }
 }
 
-/// The device's records.
-struct Records {
-    tokens: Memory,
-    logprobs: [Memory; 3],
-    lengths: Memory,
-    finishes: Memory,
-    next_ids: Memory,
-    next_positions: Memory,
-    next_slots: Memory,
-    next_lengths: Memory,
+/// A batch on the device.
+struct Batch {
+    device: Device,
+    rows: Indices,
+    drawn: Drawn,
+    replies: Replies,
+    records: Records,
+    next: NextRows,
+    end_tokens: Buffer<u32>,
+    starts: Buffer<u32>,
+    page_table: Buffer<u32>,
 }
 
-impl Records {
-    fn new(gpu: &Gpu, rows: usize) -> Self {
-        let floats = || gpu.floats(&[0.0; REPLIES * CAPACITY]);
+impl Batch {
+    fn new(rows: &[u32], starts: &[u32], table: &[u32]) -> Self {
+        let device = device();
         Self {
-            tokens: gpu.words(&[0; REPLIES * CAPACITY]),
-            logprobs: [floats(), floats(), floats()],
-            lengths: gpu.ints(&[0; REPLIES]),
-            finishes: gpu.ints(&[0; REPLIES]),
-            next_ids: gpu.words(&vec![99; rows]),
-            next_positions: gpu.ints(&vec![-5; rows]),
-            next_slots: gpu.ints(&vec![-5; rows]),
-            next_lengths: gpu.words(&vec![0; rows]),
+            rows: Indices::upload(&device, "rows", rows).unwrap(),
+            drawn: Drawn::new(&device, rows.len()).unwrap(),
+            replies: Replies::new(&device, REPLIES).unwrap(),
+            records: Records::new(&device, REPLIES, CAPACITY).unwrap(),
+            next: NextRows::new(&device, rows.len()).unwrap(),
+            end_tokens: upload(&device, &[77, END]),
+            starts: upload(&device, starts),
+            page_table: upload(&device, table),
+            device,
         }
     }
 
-    fn advance(
-        &self,
-        gpu: &Gpu,
-        replies: &[i32],
-        tokens: &[u32],
-        logprobs: &[Vec<f32>; 3],
-        starts: &[i32],
-        table: &[i32],
-    ) {
-        let (replies_on_device, tokens) = (gpu.ints(replies), gpu.words(tokens));
-        let logprobs = logprobs.each_ref().map(|logprobs| gpu.floats(logprobs));
-        let (ends, starts, table) = (gpu.words(&[77, END]), gpu.ints(starts), gpu.ints(table));
-        let mut arguments = vec![Arg::To(&replies_on_device), Arg::To(&tokens)];
-        arguments.extend(logprobs.iter().map(Arg::To));
-        arguments.extend([
-            Arg::To(&ends),
-            Arg::Int(2),
-            Arg::Int(CAPACITY),
-            Arg::To(&starts),
-            Arg::To(&table),
-        ]);
-        arguments.extend([Arg::Int(PAGES), Arg::To(&self.tokens)]);
-        arguments.extend(self.logprobs.iter().map(Arg::To));
-        arguments.extend([&self.lengths, &self.finishes, &self.next_ids, &self.next_positions].map(Arg::To));
-        arguments.extend([&self.next_slots, &self.next_lengths].map(Arg::To));
-        arguments.push(Arg::Int(replies.len()));
-        gpu.launch("advance_replies", (replies.len().div_ceil(128), 1), 128, &arguments);
+    fn draw(&mut self, tokens: &[u32], logprobs: &[Vec<f32>; 3]) {
+        self.drawn.tokens.upload(tokens).unwrap();
+        let Drawn { logprobs: plain, policy_logprobs, sampling_logprobs, .. } = &mut self.drawn;
+        for (to, from) in [plain, policy_logprobs, sampling_logprobs].into_iter().zip(logprobs) {
+            to.upload(from).unwrap();
+        }
+    }
+
+    fn advance(&mut self) -> Result<()> {
+        let Self { device, rows, drawn, replies, records, next, end_tokens, starts, page_table } = self;
+        let (end_tokens, starts) = ((&*end_tokens).into(), (&*starts).into());
+        let page_table = (&*page_table).into();
+        let bounds = Bounds { end_tokens, starts, page_table, pages_per_reply: PAGES };
+        // SAFETY: live replies are shorter than their records at first, and so they stay.
+        unsafe { advance(device, rows.view(), drawn, bounds, replies, records, next) }
     }
 
     fn check(&self, replies: &[Reply]) {
-        let (tokens, lengths, finishes) = (self.tokens.words(), self.lengths.ints(), self.finishes.ints());
-        let logprobs = self.logprobs.each_ref().map(Memory::floats);
+        let tokens = self.records.tokens.download().unwrap();
+        let lengths = self.replies.lengths.download().unwrap();
+        let finishes = self.replies.finishes.download().unwrap();
+        let Records { logprobs, policy_logprobs, sampling_logprobs, .. } = &self.records;
+        let logprobs = [logprobs, policy_logprobs, sampling_logprobs].map(|all| all.download().unwrap());
         for (at, reply) in replies.iter().enumerate() {
             let (first, length) = (at * CAPACITY, reply.tokens.len());
-            assert_eq!((lengths[at], finishes[at]), (length as i32, reply.finish));
+            assert_eq!((lengths[at], finishes[at]), (length as u32, reply.finish));
             assert_eq!(tokens[first..first + length], reply.tokens);
             for (device, host) in logprobs.iter().zip(&reply.logprobs) {
                 assert_eq!(device[first..first + length], host[..]);
             }
         }
     }
-}
 
-/// What the next forward pass reads for a row.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Next {
-    id: u32,
-    position: i32,
-    slot: i32,
-    length: u32,
-}
-
-impl Records {
     fn next(&self) -> Vec<Next> {
-        let (ids, positions) = (self.next_ids.words(), self.next_positions.ints());
-        let (slots, lengths) = (self.next_slots.ints(), self.next_lengths.words());
+        let (ids, positions) = (self.next.ids.download().unwrap(), self.next.positions.download().unwrap());
+        let (slots, lengths) = (self.next.slots.download().unwrap(), self.next.lengths.download().unwrap());
         (0..ids.len())
             .map(|row| Next {
                 id: ids[row],
@@ -121,34 +108,110 @@ impl Records {
     }
 }
 
+/// What the next forward pass reads for a row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Next {
+    id: u32,
+    position: u32,
+    slot: i32,
+    length: u32,
+}
+
+const ROWS: [u32; 4] = [4, 0, 2, 1];
+const STARTS: [u32; REPLIES] = [100, 50, 0, 7, 31];
+
+fn page_table() -> Vec<u32> {
+    (0..REPLIES * PAGES).map(|page| (page * 3 + 1) as u32).collect()
+}
+
 #[test]
 fn replies_grow_end_and_say_what_comes_next() {
-    let gpu = Gpu::new();
-    let (rows, starts) = ([4, 0, 2, 1], [100, 50, 0, 7, 31]);
-    let table: Vec<i32> = (0..REPLIES * PAGES).map(|page| (page * 3 + 1) as i32).collect();
-    let records = Records::new(&gpu, rows.len());
+    let table = page_table();
+    let mut batch = Batch::new(&ROWS, &STARTS, &table);
     let mut replies = vec![Reply::default(); REPLIES];
-    let mut next = records.next();
+    let mut next = batch.next();
     for step in 0..CAPACITY + 2 {
         let token = |row| if row == 2 && step == 4 { END } else { (step * 7 + row) as u32 + 10 };
-        let tokens: Vec<u32> = (0..rows.len()).map(token).collect();
-        let logprobs = [1, 2, 3].map(|part| values(step as u64 * 10 + part, rows.len()));
-        records.advance(&gpu, &rows, &tokens, &logprobs, &starts, &table);
-        for (row, reply) in rows.iter().map(|reply| *reply as usize).enumerate() {
-            if replies[reply].finish != 0 {
+        let tokens: Vec<u32> = (0..ROWS.len()).map(token).collect();
+        let logprobs = [1, 2, 3].map(|part| values(step as u64 * 10 + part, ROWS.len()));
+        batch.draw(&tokens, &logprobs);
+        batch.advance().unwrap();
+        for (row, reply) in ROWS.iter().map(|reply| *reply as usize).enumerate() {
+            if replies[reply].finish != LIVE {
                 continue;
             }
             let at = replies[reply].tokens.len();
             replies[reply].push(tokens[row], [0, 1, 2].map(|part: usize| logprobs[part][row]));
-            let slot = table[reply * PAGES + at / 16] * 16 + at as i32 % 16;
-            let (id, position) = (tokens[row], starts[reply] + at as i32);
+            let slot = (table[reply * PAGES + at / 16] * 16) as i32 + at as i32 % 16;
+            let (id, position) = (tokens[row], STARTS[reply] + at as u32);
             next[row] = match replies[reply].finish {
-                0 => Next { id, position, slot, length: at as u32 + 1 },
+                LIVE => Next { id, position, slot, length: at as u32 + 1 },
                 _ => Next { id, position, slot: -1, length: at as u32 },
             };
         }
-        assert_eq!(records.next(), next);
-        records.check(&replies);
+        assert_eq!(batch.next(), next);
+        batch.check(&replies);
     }
-    assert_eq!(replies.iter().map(|reply| reply.finish).collect::<Vec<_>>(), [2, 2, 1, 0, 2]);
+    let finishes: Vec<u32> = replies.iter().map(|reply| reply.finish).collect();
+    assert_eq!(finishes, [TOO_LONG, TOO_LONG, END_TOKEN, LIVE, TOO_LONG]);
+}
+
+/// Draws from fixed logits and appends until all replies have ended; as a graph that is replayed, or launch by launch.
+fn grown(recorded: bool) -> (Vec<u32>, Vec<f32>, Vec<u32>) {
+    let vocabulary = 100;
+    let mut batch = Batch::new(&ROWS, &STARTS, &page_table());
+    batch.replies.keys.upload(&[11, 22, 33, 44, 55]).unwrap();
+    let device = batch.device.clone();
+    let logits = store::<f32>(&device, &values(3, ROWS.len() * vocabulary));
+    let settings = Settings { greedy: false, inverse_temperature: 1.0, top_k: 50, top_p: 0.95, min_p: 0.0 };
+    let mut step = || {
+        let rows = Rows { logits: (&logits).into(), vocabulary, sources: None, replies: batch.rows.view() };
+        sample(&device, &settings, rows, &batch.replies, &mut batch.drawn)?;
+        batch.advance()
+    };
+    if recorded {
+        let graph = device.record(step).unwrap();
+        (0..CAPACITY).for_each(|_| graph.launch().unwrap());
+    } else {
+        (0..CAPACITY).for_each(|_| step().unwrap());
+    }
+    let Records { tokens, sampling_logprobs, .. } = &batch.records;
+    let finishes = batch.replies.finishes.download().unwrap();
+    (tokens.download().unwrap(), sampling_logprobs.download().unwrap(), finishes)
+}
+
+#[test]
+fn a_recorded_step_grows_the_same_replies() {
+    let replayed = grown(true);
+    assert_eq!(replayed, grown(false));
+    let (.., finishes) = replayed;
+    assert!(ROWS.iter().all(|reply| finishes[*reply as usize] != LIVE) && finishes[3] == LIVE);
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let batch = || Batch::new(&ROWS, &STARTS, &page_table());
+    let refused = |change: &dyn Fn(&mut Batch), what: &str| {
+        let mut batch = batch();
+        change(&mut batch);
+        assert_refused(batch.advance(), what);
+    };
+    batch().advance().unwrap();
+    Batch::new(&[], &[], &[]).advance().unwrap();
+    let device = device();
+    let rows = |rows: &[u32]| Indices::upload(&device, "rows", rows).unwrap();
+    refused(&|batch| batch.rows = rows(&[0, 5]), "replies: index 5, where there are 5");
+    refused(&|batch| batch.rows = rows(&[0; 5]), "drawn tokens: 4 elements where 5 are");
+    let short = |length| NextRows::new(&device, length).unwrap();
+    refused(&|batch| batch.next = short(3), "rows of the next step: 3 elements where 4 are");
+    refused(&|batch| batch.starts = upload(&device, &[1; 4]), "starts of replies: index 4");
+    refused(&|batch| batch.page_table = upload(&device, &[1; 9]), "pages of replies: index 4");
+    let records = |replies, capacity| Records::new(&device, replies, capacity).unwrap();
+    refused(&|batch| batch.records = records(4, CAPACITY), "records of replies: index 4");
+    refused(&|batch| batch.records = records(5, 34), "pages of a reply: 2 elements where 3 are");
+    batch_of(records(5, 33)).advance().unwrap();
+}
+
+fn batch_of(records: Records) -> Batch {
+    Batch { records, ..Batch::new(&ROWS, &STARTS, &page_table()) }
 }
