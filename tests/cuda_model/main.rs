@@ -5,6 +5,7 @@
 
 mod decoder;
 mod engine;
+mod scoring;
 mod support;
 mod trainer;
 

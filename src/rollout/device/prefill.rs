@@ -7,7 +7,7 @@ use super::waiting::Portion;
 use crate::cuda::attention::{ForestInputs, ForestTables};
 use crate::cuda::rotary::{PageWrites, Rotary};
 use crate::cuda::sampling::{self, Drawn, Replies, Settings};
-use crate::cuda::{Buffer, Indices, Result, Slice, SliceMut};
+use crate::cuda::{self, Buffer, Indices, Slice, SliceMut};
 use crate::model::device::{Attend, Batch, DeviceDecoder};
 use crate::model::{Forest, ModelError};
 use crate::rollout::Draw;
@@ -47,7 +47,7 @@ impl<T: Kept> Attend<T> for IntoPages<'_, T> {
         before: Option<Slice<T>>,
         qkv: &mut Buffer<T>,
         attended: &mut Buffer<T>,
-    ) -> Result<()> {
+    ) -> cuda::Result<()> {
         let pages = &mut self.cache.layers[layer];
         let (keys, values) = (SliceMut::from(&mut pages.keys), SliceMut::from(&mut pages.values));
         let pages = PageWrites { slots: self.slots.into(), keys, values };
@@ -77,7 +77,7 @@ pub(super) fn prefill<T: Kept>(
     portions: &[Portion],
     settings: &Settings,
     keys: &[u64],
-) -> std::result::Result<Prefilled, ModelError> {
+) -> Result<Prefilled, ModelError> {
     let (forest, ends) = forest(portions);
     let batch = decoder.batch(&forest)?;
     let mut segments: Vec<Rc<CachedTokens>> = Vec::with_capacity(forest.segments().len());
@@ -99,7 +99,7 @@ fn residual<T: Kept>(
     cache: &mut Cache<T>,
     batch: &Batch,
     segments: &[Rc<CachedTokens>],
-) -> Result<Buffer<f32>> {
+) -> cuda::Result<Buffer<f32>> {
     let device = decoder.device();
     let packed = batch.plan.packed.segments().iter();
     let slots =
@@ -123,7 +123,7 @@ fn first_tokens<T: Kept>(
     places: &[u32],
     settings: &Settings,
     keys: &[u64],
-) -> Result<Vec<Draw>> {
+) -> cuda::Result<Vec<Draw>> {
     let samples = keys.len() / places.len().max(1);
     let mut drawn = Vec::with_capacity(keys.len());
     let prompts_at_once = decoder.rows_of_logits();
@@ -144,7 +144,7 @@ fn draw_from<T: Kept>(
     samples: usize,
     settings: &Settings,
     keys: &[u64],
-) -> Result<Vec<Draw>> {
+) -> cuda::Result<Vec<Draw>> {
     if keys.is_empty() {
         return Ok(Vec::new());
     }

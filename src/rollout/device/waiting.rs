@@ -125,7 +125,9 @@ impl Counted {
         let mut counted = Self { logits: prompts.len(), ..Self::default() };
         for part in parts(prompts, samples) {
             counted.add_segment(0, part.iter().map(|prompt| prompt.length).max().unwrap_or(0));
-            part.iter().for_each(|prompt| counted.add_segment(prompt.length, prompt.footer.len()));
+            for prompt in part {
+                counted.add_segment(prompt.length, prompt.footer.len());
+            }
         }
         (counted, counted.rows as u64)
     }
