@@ -60,7 +60,7 @@ Driver& driver() {
 }
 
 thread_local bool context_is_current = false;
-thread_local int allocations_until_failure = 0, launches_until_failure = 0;
+thread_local int allocations_until_failure = 0, allocations_to_fail = 1, launches_until_failure = 0;
 char primary_context;
 
 int claimed_version() {
@@ -72,6 +72,12 @@ int devices() { return getenv("RPT_EMULATED_NO_DEVICE") == nullptr ? 1 : 0; }
 
 // Is this the call that was told to fail?
 bool its_turn(int& remaining) { return remaining > 0 && --remaining == 0; }
+
+bool allocation_fails() {
+    if (!its_turn(allocations_until_failure)) return false;
+    if (--allocations_to_fail > 0) allocations_until_failure = 1;
+    return true;
+}
 
 #define NEEDS_CONTEXT                                                                                                    \
     if (!context_is_current) return complain(CUDA_ERROR_INVALID_CONTEXT, "no context is current on this thread")
@@ -154,7 +160,9 @@ const char* wrong_shape(const Function& function, dim3 grid, dim3 block, unsigne
 // -------------------------------------------------------------------------------- what tests tell it, on their thread
 
 // The n-th of this thread's allocations (launches) from now on fails; 0: none does.
-EXPORTED void emulated_fail_allocation(int nth) { allocations_until_failure = nth; }
+EXPORTED void emulated_fail_allocation(int nth) { allocations_until_failure = nth, allocations_to_fail = 1; }
+// The same, and so does the one that follows, with which a caller tries once more after giving memory back.
+EXPORTED void emulated_refuse_allocation(int nth) { allocations_until_failure = nth, allocations_to_fail = 2; }
 EXPORTED void emulated_fail_launch(int nth) { launches_until_failure = nth; }
 
 // ------------------------------------------------------------------------------------------------ device and context
@@ -326,7 +334,7 @@ EXPORTED CUresult cuMemGetInfo(size_t* available, size_t* total) {
 EXPORTED CUresult cuMemAllocAsync(CUdeviceptr* pointer, size_t bytes, CUstream handle) {
     NEEDS_STREAM(handle);
     if (stream->capturing) return complain(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "an allocation within a graph");
-    if (its_turn(allocations_until_failure)) return CUDA_ERROR_OUT_OF_MEMORY;
+    if (allocation_fails()) return CUDA_ERROR_OUT_OF_MEMORY;
     return memory::allocate(pointer, bytes);
 }
 
@@ -351,7 +359,7 @@ EXPORTED CUresult cuMemPoolTrimTo(CUmemoryPool, size_t) { return CUDA_SUCCESS; }
 
 EXPORTED CUresult cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
     NEEDS_CONTEXT;
-    if (its_turn(allocations_until_failure)) return CUDA_ERROR_OUT_OF_MEMORY;
+    if (allocation_fails()) return CUDA_ERROR_OUT_OF_MEMORY;
     *pointer = aligned_alloc(64, (bytes + 63) / 64 * 64);
     if (*pointer == nullptr) return CUDA_ERROR_OUT_OF_MEMORY;
     std::lock_guard guard(driver().lock);

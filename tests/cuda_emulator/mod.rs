@@ -59,6 +59,11 @@ pub fn fail_allocation(nth: i32) {
     tell(b"emulated_fail_allocation", nth);
 }
 
+/// As [`fail_allocation`], and so does the attempt that follows after giving memory back.
+pub fn refuse_allocation(nth: i32) {
+    tell(b"emulated_refuse_allocation", nth);
+}
+
 /// As [`fail_allocation`], for launches.
 pub fn fail_launch(nth: i32) {
     tell(b"emulated_fail_launch", nth);

@@ -6,6 +6,7 @@ mod embedding;
 mod head;
 mod norm;
 mod optimizer;
+mod positions;
 mod reduce;
 mod replies;
 mod rotary;

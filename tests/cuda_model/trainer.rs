@@ -123,11 +123,11 @@ fn an_update_that_runs_out_of_memory_is_begun_again_with_less() {
     let expected = update(&mut plenty, None).unwrap();
     assert_eq!(expected.retries, 0);
     let mut little = trainer(decoder(0, Dtype::F32), true);
-    cuda_emulator::fail_allocation(60);
+    cuda_emulator::refuse_allocation(60);
     let found = update(&mut little, None).unwrap();
     assert_eq!(found.retries, 1);
     assert_eq!(found.gradient_norm, expected.gradient_norm, "layers that are computed again have the same bits");
-    cuda_emulator::fail_allocation(60);
+    cuda_emulator::refuse_allocation(60);
     let found = update(&mut little, None).unwrap();
     let expected = update(&mut plenty, None).unwrap();
     assert_eq!(found.retries, 1, "now micro-batches are split");

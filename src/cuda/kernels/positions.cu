@@ -10,7 +10,8 @@ using Key = unsigned long long;
 
 // Orders logits by size and then by falling id; NaN is the largest. No token has key 0.
 __device__ __forceinline__ Key key_of(float logit, int id) {
-    const unsigned bits = __float_as_uint(logit);
+    // The two zeros are equal.
+    const unsigned bits = logit == 0.0f ? 0u : __float_as_uint(logit);
     unsigned order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
     if (logit != logit) order = 0xffffffffu;
     return Key(order) << 32 | unsigned(~id);
