@@ -174,7 +174,7 @@ fn advantages_are_those_of_trl() {
 
 fn penalty(estimator: KlEstimator, importance_weighted: bool) -> PolicyLoss {
     let kl = KlPenalty { weight: 1.0, estimator, importance_weighted };
-    PolicyLoss { clip_low: 0.2, clip_high: 0.2, kl: Some(kl) }
+    PolicyLoss { clip_low: 0.2, clip_high: 0.2, cap: None, kl: Some(kl) }
 }
 
 fn softmax(logits: &[f64]) -> Vec<f64> {

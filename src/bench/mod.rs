@@ -4,12 +4,16 @@
 //! shapes, as the ledger of a run counts them; the peak is what the matrix product itself reaches here.
 
 mod decode;
+#[cfg(feature = "cuda")]
+mod device;
 mod matmul;
 mod step;
 mod train;
 mod workload;
 
 pub use decode::{DecodeFigures, DecodeWork, decode};
+#[cfg(feature = "cuda")]
+pub use device::copy_bandwidth;
 pub use matmul::{MatmulFigures, matmul, peak};
 pub use step::{StepFigures, step};
 pub use train::{TrainFigures, TrainWork, train};

@@ -70,7 +70,7 @@ pub fn step(
     workload: Workload,
     steps: usize,
 ) -> Result<StepFigures, Error> {
-    let matmul_gflops = peak(decoder.dtype(), decoder.products());
+    let matmul_gflops = peak(&decoder)?;
     let (dtype, products) = (decoder.dtype(), decoder.products());
     let config = OptimizerConfig { learning_rate: 1e-6, max_grad_norm: 1.0, ..OptimizerConfig::default() };
     let mut trainer = Trainer::new(decoder, &config, steps as u64 + 1)?;

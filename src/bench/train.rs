@@ -61,7 +61,7 @@ pub struct TrainFigures {
 /// When documents do not fit the model's positions, or an update fails.
 pub fn train(decoder: Decoder, work: TrainWork, steps: usize) -> Result<TrainFigures, Error> {
     let (dtype, products, vocabulary) = (decoder.dtype(), decoder.products(), decoder.config().vocab_size);
-    let matmul_gflops = peak(dtype, products);
+    let matmul_gflops = peak(&decoder)?;
     let config = OptimizerConfig { learning_rate: 1e-6, ..OptimizerConfig::default() };
     let mut trainer = Trainer::new(decoder, &config, steps as u64 + 1)?;
     let mut one_step = |number: usize| -> Result<(UpdateStats, Time), Error> {

@@ -1,5 +1,6 @@
 //! `rpt bench`: what steps, sampling, training and products cost here.
 
+use super::failure::Usage;
 use super::input::{DeviceArguments, Model, dtype, products};
 use super::output;
 use rpt::bench::{self, DecodeWork, TrainWork, Workload};
@@ -62,6 +63,8 @@ enum What {
         /// How products are computed: f32, or bf16 with weights of bf16
         #[arg(long, value_name = "FORMAT", value_parser = products, default_value = "f32")]
         products: Products,
+        #[command(flatten)]
+        device: DeviceArguments,
         /// Products that are measured
         #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
         rounds: u16,
@@ -69,6 +72,31 @@ enum What {
         #[arg(long)]
         json: bool,
     },
+    /// A copy within a device's memory: what decoding of few sequences is bound by
+    Copy {
+        #[command(flatten)]
+        device: DeviceArguments,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// What a copy within a device's memory reaches.
+#[cfg(feature = "cuda")]
+fn copy(device: &DeviceArguments) -> anyhow::Result<serde_json::Value> {
+    let Some(settings) = device.open()? else {
+        return Err(Usage::new("a copy is measured on a device", "add --device cuda").into());
+    };
+    let bandwidth = bench::copy_bandwidth(&settings.device).map_err(rpt::Error::from)?;
+    let name = &settings.device.properties().name;
+    Ok(serde_json::json!({ "device": name, "gigabytes_per_second": bandwidth * 1e-9 }))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn copy(device: &DeviceArguments) -> anyhow::Result<serde_json::Value> {
+    device.open()?;
+    Err(Usage::new("a copy is measured on a device", "add --device cuda").into())
 }
 
 #[derive(clap::Args)]
@@ -125,10 +153,15 @@ impl Arguments {
                 let figures = bench::train(common.load()?.decoder, work, common.rounds.into())?;
                 (serde_json::to_value(figures)?, common.json)
             }
-            What::Matmul { sizes, dtype, products, rounds, json } => {
-                let of = |size: &u32| bench::matmul(*size as usize, *dtype, *products, (*rounds).into());
-                (serde_json::to_value(sizes.iter().map(of).collect::<Vec<_>>())?, *json)
+            What::Matmul { sizes, dtype, products, device, rounds, json } => {
+                let device = device.open()?;
+                let of = |size: &u32| {
+                    bench::matmul(*size as usize, *dtype, *products, (*rounds).into(), device.as_ref())
+                };
+                let figures: Result<Vec<_>, _> = sizes.iter().map(of).collect();
+                (serde_json::to_value(figures.map_err(rpt::Error::from)?)?, *json)
             }
+            What::Copy { device, json } => (copy(device)?, *json),
         };
         output::value(&figures, json)
     }

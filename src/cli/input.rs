@@ -69,7 +69,12 @@ pub(super) struct DeviceArguments {
 impl DeviceArguments {
     /// The model where it is to compute.
     pub(super) fn place(&self, decoder: Decoder) -> rpt::Result<Decoder> {
-        Ok(decoder.on(DeviceSettings::open(self.device, self.batch_invariant)?.as_ref()))
+        Ok(decoder.on(self.open()?.as_ref()))
+    }
+
+    /// The device, if it is not the CPU.
+    pub(super) fn open(&self) -> rpt::Result<Option<DeviceSettings>> {
+        Ok(DeviceSettings::open(self.device, self.batch_invariant)?)
     }
 }
 

@@ -114,10 +114,27 @@ fn own_folder() -> PathBuf {
     root().join("tests/cuda_emulator")
 }
 
-fn load() -> Library {
+/// Lets another program find the device that tests use: the emulated one, where there is no other, is loaded before it.
+pub fn lend(command: &mut Command) {
+    if driver().is_none() {
+        return;
+    }
+    let (driver, kernels) = libraries();
+    let paths: Vec<String> =
+        std::iter::once(driver).chain(kernels).map(|path| path.display().to_string()).collect();
+    command.env("LD_PRELOAD", paths.join(":"));
+}
+
+/// The emulated driver and the kernels, compiled.
+fn libraries() -> (PathBuf, Vec<PathBuf>) {
     let emulator = Emulator::new();
     let driver = emulator.driver();
     let kernels = emulator.kernels(&driver);
+    (driver, kernels)
+}
+
+fn load() -> Library {
+    let (driver, kernels) = libraries();
     // SAFETY: our own code; the first is found under its name by whoever asks for libcuda.so afterwards.
     let library = unsafe { Library::new(&driver) }.unwrap();
     for path in kernels {
