@@ -118,14 +118,19 @@ impl Engine<'_> {
     ///
     /// # Errors
     /// When a prompt with its reply is longer than the model's positions, is empty, or holds a
-    /// token outside the vocabulary.
+    /// token outside the vocabulary; on a device also when it has no room or has failed.
     pub fn generate(&self, prompts: &[Prompt], samples: usize) -> Result<Generation, ModelError> {
         self.check(prompts)?;
-        if let Some(device) = self.decoder.on_device()? {
-            return on_device!(&**device, decoder => {
+        match self.decoder.on_device()? {
+            None => self.generate_here(prompts, samples),
+            Some(device) => on_device!(&**device, decoder => {
                 super::device::generate(self, decoder, prompts, samples, super::device::Limits::default())
-            });
+            }),
         }
+    }
+
+    /// As [`Engine::generate`], on the CPU.
+    fn generate_here(&self, prompts: &[Prompt], samples: usize) -> Result<Generation, ModelError> {
         let parts: Vec<Result<Generation, ModelError>> =
             self.waves(prompts, samples).into_par_iter().map(|prompts| self.wave(prompts, samples)).collect();
         let mut all = Generation::default();
