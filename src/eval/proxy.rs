@@ -74,7 +74,8 @@ fn forest_of(sequences: &[Vec<u32>]) -> Forest {
 
 /// The tokens behind every token of some sequences; 0 behind the last ones.
 fn nexts(sequences: &[Vec<u32>]) -> Vec<u32> {
-    let next = |sequence: &Vec<u32>| sequence.iter().skip(1).copied().chain([0]).take(sequence.len()).collect();
+    let next =
+        |sequence: &Vec<u32>| sequence.iter().skip(1).copied().chain([0]).take(sequence.len()).collect();
     sequences.iter().flat_map(|sequence| -> Vec<u32> { next(sequence) }).collect()
 }
 
@@ -134,7 +135,10 @@ fn rows_on_device(
     Ok((all, flops))
 }
 
-#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "there is no device that would read them"))]
+#[cfg_attr(
+    not(feature = "cuda"),
+    expect(unused_variables, reason = "there is no device that would read them")
+)]
 fn group_on_device(
     decoder: &Decoder,
     sequences: &[Vec<u32>],

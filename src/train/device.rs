@@ -2,9 +2,7 @@
 
 use super::batch::{Component, MicroBatch};
 use super::objective::{Objective, Totals, rows_and_tokens};
-use super::optimizer::{
-    AdamwStep, ParameterGroup, ParameterKind, check_layout, locate_non_finite,
-};
+use super::optimizer::{AdamwStep, ParameterGroup, ParameterKind, check_layout, locate_non_finite};
 use super::schedule::learning_rate;
 use super::trainer::{TrainError, TrainerState, UpdateStats, UpdateTimes};
 use crate::config::{OptimizerConfig, OptimizerKind};

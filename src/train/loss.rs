@@ -32,7 +32,7 @@ pub struct TokenLoss {
     pub kl: f32,
     /// A negative advantage had its ratio clipped at 1 - `clip_low`.
     pub clipped_low: bool,
-    /// A positive advantage had its ratio clipped at 1 + `clip_high`; or any had it capped.
+    /// A positive advantage had its ratio clipped at 1 + `clip_high`, or capped.
     pub clipped_high: bool,
 }
 
@@ -148,7 +148,7 @@ impl PolicyLoss {
 /// The log-probability, weighted by the capped ratio.
 fn capped(ratio: f64, advantage: f64, logprob: f32, cap: f32) -> Surrogate {
     let slope = ratio.min(f64::from(cap)) * advantage;
-    let clipped_high = ratio > f64::from(cap);
+    let clipped_high = ratio > f64::from(cap) && advantage > 0.0;
     Surrogate { value: slope * f64::from(logprob), slope, clipped_low: false, clipped_high }
 }
 

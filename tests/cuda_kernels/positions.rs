@@ -18,8 +18,7 @@ fn check(logits: &[f32], vocabulary: usize, top_k: usize) {
     for (row, logits) in logits.chunks_exact(vocabulary).enumerate() {
         let expected = score_row(logits, truths[row], top_k);
         assert_eq!(tops[row], expected.proxy_top, "row {row} of {vocabulary}, {top_k}");
-        let pairs =
-            [(entropies[row], expected.entropy), (probabilities[row], expected.truth_probability)];
+        let pairs = [(entropies[row], expected.entropy), (probabilities[row], expected.truth_probability)];
         for (found, expected) in pairs {
             let near = (found - expected).abs() < 1e-5 || found.is_nan() && expected.is_nan();
             assert!(near, "row {row} of {vocabulary}, {top_k}: {found} is not {expected}");
@@ -30,7 +29,8 @@ fn check(logits: &[f32], vocabulary: usize, top_k: usize) {
 #[test]
 fn scores_are_those_of_the_cpu() {
     for (vocabulary, top_k) in [(1, 1), (3, 16), (255, 64), (1000, 16), (4099, 1), (4099, 64)] {
-        let logits: Vec<f32> = values(vocabulary as u64, 3 * vocabulary).iter().map(|value| value * 5.0).collect();
+        let logits: Vec<f32> =
+            values(vocabulary as u64, 3 * vocabulary).iter().map(|value| value * 5.0).collect();
         check(&logits, vocabulary, top_k);
     }
 }

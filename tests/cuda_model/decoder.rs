@@ -25,8 +25,7 @@ fn slope(at: usize) -> f32 {
 
 /// Scores and the gradient of the sum of slopes times log-probabilities, by the CPU.
 fn by_cpu(decoder: &Decoder, forest: &Forest) -> (Vec<TokenScore>, Vec<f32>) {
-    let (mut cache, mut workspace, mut tape) =
-        (decoder.new_cache(), Workspace::default(), Tape::default());
+    let (mut cache, mut workspace, mut tape) = (decoder.new_cache(), Workspace::default(), Tape::default());
     let extensions = forest.enter(&mut cache);
     decoder.forward(forest.ids(), &extensions, &mut cache, &mut workspace, Some(&mut tape)).unwrap();
     let (rows, tokens) = targets(forest);

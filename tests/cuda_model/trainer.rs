@@ -11,7 +11,12 @@ use std::collections::BTreeMap;
 const INVERSE_TEMPERATURE: f32 = 1.25;
 
 fn config() -> OptimizerConfig {
-    OptimizerConfig { learning_rate: 1e-2, max_grad_norm: 0.5, weight_decay: 0.1, ..OptimizerConfig::default() }
+    OptimizerConfig {
+        learning_rate: 1e-2,
+        max_grad_norm: 0.5,
+        weight_decay: 0.1,
+        ..OptimizerConfig::default()
+    }
 }
 
 /// Leaves are sampled replies, and what they stand on is text to learn by heart.
@@ -126,14 +131,22 @@ fn an_update_that_runs_out_of_memory_is_begun_again_with_less() {
     cuda_emulator::refuse_allocation(60);
     let found = update(&mut little, None).unwrap();
     assert_eq!(found.retries, 1);
-    assert_eq!(found.gradient_norm, expected.gradient_norm, "layers that are computed again have the same bits");
+    assert_eq!(
+        found.gradient_norm, expected.gradient_norm,
+        "layers that are computed again have the same bits"
+    );
     cuda_emulator::refuse_allocation(60);
     let found = update(&mut little, None).unwrap();
     let expected = update(&mut plenty, None).unwrap();
     assert_eq!(found.retries, 1, "now micro-batches are split");
     assert_eq!(found.totals.policy_tokens, expected.totals.policy_tokens);
     let apart = (found.gradient_norm - expected.gradient_norm).abs();
-    assert!(apart < 1e-4 * expected.gradient_norm, "{} is not {}", found.gradient_norm, expected.gradient_norm);
+    assert!(
+        apart < 1e-4 * expected.gradient_norm,
+        "{} is not {}",
+        found.gradient_norm,
+        expected.gradient_norm
+    );
 }
 
 #[test]
