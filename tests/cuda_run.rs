@@ -128,7 +128,7 @@ fn a_machine_without_a_driver_is_told_so_before_anything_is_written() {
 fn what_only_the_cpu_can_do_is_refused_with_a_hint() {
     let place = Workplace::new("cuda-refused");
     for (setting, key) in [
-        ("train.optimizer.kind=muon", "optimizer.kind"),
+        ("train.optimizer.kind=muon", "train.optimizer"),
         ("model.dtype=f16", "model.dtype"),
         ("tasks.top_k=65", "tasks.top_k"),
     ] {

@@ -65,7 +65,14 @@ fn prompts(seed: u64) -> Vec<Prompt> {
             let length = 1 + draw(trunk.len() as u64) as usize;
             let footer = (0..draw(4)).map(|_| draw(VOCABULARY as u64) as u32).collect();
             let ordinal = 1000 + 7 * prompts.len() as u64;
-            prompts.push(Prompt { ordinal, trunk: trunk.clone(), length, header: 0, footer });
+            prompts.push(Prompt {
+                ordinal,
+                trunk: trunk.clone(),
+                length,
+                header: 0,
+                footer,
+                cuts: Arc::new([]),
+            });
         }
     }
     prompts
@@ -237,6 +244,7 @@ fn prompts_of_text() -> Vec<Prompt> {
         length: 1 + ordinal as usize,
         header: 0,
         footer: Arc::new([]),
+        cuts: Arc::new([]),
     };
     (0..30).map(prompt).collect()
 }

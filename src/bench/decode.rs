@@ -95,6 +95,7 @@ fn prompts(work: DecodeWork, vocabulary: usize) -> Vec<Prompt> {
         length: work.prompt,
         header: 0,
         footer: [].into(),
+        cuts: [].into(),
     };
     (0..if work.shared { 1 } else { work.batch }).map(prompt).collect()
 }

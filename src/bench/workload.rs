@@ -68,6 +68,7 @@ impl Workload {
                 length: self.context * at / self.positions,
                 header: 0,
                 footer: [].into(),
+                cuts: [].into(),
             })
             .collect()
     }

@@ -108,6 +108,7 @@ impl Arguments {
             trunk: trunk.into(),
             header,
             footer: template.footer.into(),
+            cuts: [].into(),
         })
     }
 

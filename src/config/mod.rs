@@ -236,6 +236,11 @@ pub struct OptimizerConfig {
     pub decay_share: f32,
     /// Share of the peak rate below which the rate never falls.
     pub final_share: f32,
+    /// Number format of AdamW's moments on a device: `f32`, or `bf16`, which is rounded at random.
+    pub moments: Dtype,
+    /// For a model on a device: keep parameters and moments in the machine's memory, and let its processors
+    /// make the updates. The device holds weights and gradients alone.
+    pub offload: bool,
 }
 
 impl Default for OptimizerConfig {
@@ -253,6 +258,8 @@ impl Default for OptimizerConfig {
             schedule: Schedule::Constant,
             decay_share: 1.0,
             final_share: 0.05,
+            moments: Dtype::F32,
+            offload: false,
         }
     }
 }

@@ -138,16 +138,30 @@ impl Pipeline {
             "model.lora",
             "adapters are trained on the CPU alone",
             "remove [model.lora], or set model.device = \"cpu\"",
-        )?;
-        let pretrain = self.pretrain.as_ref().map(|stage| &stage.optimizer);
-        let cold_start = self.cold_start.as_ref().map(|stage| &stage.optimizer);
-        let train = self.train.as_ref().map(|stage| &stage.optimizer);
-        let mut optimizers = [pretrain, cold_start, train].into_iter().flatten();
+        )
+    }
+
+    fn validate_optimizer(&self, optimizer: &OptimizerConfig, key: &'static str) -> Check {
+        validate_optimizer(optimizer, key)?;
+        let OptimizerConfig { kind, moments, offload, .. } = *optimizer;
+        let on_device = self.model.device != DeviceName::Cpu;
         require(
-            optimizers.all(|optimizer| optimizer.kind == OptimizerKind::Adamw),
-            "optimizer.kind",
-            "Muon runs on the CPU alone",
-            "use kind = \"adamw\", or set model.device = \"cpu\"",
+            on_device || (!offload && moments == Dtype::F32),
+            key,
+            "offload and moments are for models on a device",
+            "leave them out, or set model.device = \"cuda\"",
+        )?;
+        require(
+            !on_device || offload || kind == OptimizerKind::Adamw,
+            key,
+            "has no Muon on a device",
+            "use kind = \"adamw\", or offload = true",
+        )?;
+        require(
+            moments == Dtype::F32 || (moments == Dtype::Bf16 && kind == OptimizerKind::Adamw && !offload),
+            key,
+            "moments are f32 or, of AdamW on the device itself, bf16",
+            "leave moments or offload out",
         )
     }
 
@@ -246,7 +260,7 @@ impl Pipeline {
 
     fn validate_stages(&self) -> Check {
         if let Some(pretrain) = &self.pretrain {
-            validate_optimizer(&pretrain.optimizer, "pretrain.optimizer")?;
+            self.validate_optimizer(&pretrain.optimizer, "pretrain.optimizer")?;
             require(
                 pretrain.documents_per_step > 0 && pretrain.steps > 0,
                 "pretrain.documents_per_step",
@@ -255,7 +269,7 @@ impl Pipeline {
             )?;
         }
         if let Some(cold_start) = &self.cold_start {
-            validate_optimizer(&cold_start.optimizer, "cold_start.optimizer")?;
+            self.validate_optimizer(&cold_start.optimizer, "cold_start.optimizer")?;
             require(
                 cold_start.traces_per_step > 0 && cold_start.steps > 0,
                 "cold_start.traces_per_step",
@@ -264,7 +278,7 @@ impl Pipeline {
             )?;
         }
         if let Some(train) = &self.train {
-            validate_optimizer(&train.optimizer, "train.optimizer")?;
+            self.validate_optimizer(&train.optimizer, "train.optimizer")?;
             require(
                 train.tasks_per_step > 0 && train.updates_per_step > 0,
                 "train.tasks_per_step",

@@ -265,8 +265,10 @@ pub fn prompts(tasks: &[Task], template: &PromptTemplate) -> Vec<Prompt> {
             length: template.header.len() + task.position().index as usize,
             header: template.header.len(),
             footer: footer.clone(),
+            cuts: [].into(),
         });
     }
+    Prompt::note_cuts(&mut prompts);
     prompts
 }
 

@@ -209,7 +209,7 @@ impl Engine<'_> {
         let mut forest = Forest::default();
         let mut ends = Vec::with_capacity(prompts.len());
         for family in families(prompts) {
-            let trunks = add_trunk(&mut forest, &family[0].trunk, family.iter().map(|prompt| prompt.length));
+            let trunks = add_trunk(&mut forest, &family[0], family.iter().map(|prompt| prompt.length));
             for prompt in family {
                 ends.push(forest.add(trunks.get(&prompt.length).copied(), &prompt.footer));
             }
@@ -366,15 +366,18 @@ fn prompts_at_once(samples: usize) -> usize {
     (REPLIES_AT_ONCE / samples.max(1)).max(1)
 }
 
-/// Adds a trunk as a chain of segments that ends at each wanted length; returns the segment that
-/// ends at each. Length 0 has none.
+/// Adds a prompt's trunk as a chain of segments that ends at each wanted length, and where else passes cut it; returns the
+/// segment that ends at each. Length 0 has none.
 pub(crate) fn add_trunk(
     forest: &mut Forest,
-    trunk: &[u32],
+    Prompt { trunk, cuts, .. }: &Prompt,
     lengths: impl Iterator<Item = usize>,
 ) -> BTreeMap<usize, usize> {
     let mut ends: BTreeMap<usize, usize> =
         lengths.filter(|length| *length > 0).map(|length| (length, 0)).collect();
+    let longest = ends.last_key_value().map_or(0, |(length, _)| *length);
+    let between = cuts.iter().filter(|cut| (1..longest).contains(*cut));
+    ends.extend(between.map(|cut| (*cut, 0)));
     let (mut parent, mut start) = (None, 0);
     for (length, segment) in &mut ends {
         *segment = forest.add(parent, &trunk[start..*length]);

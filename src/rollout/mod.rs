@@ -12,6 +12,7 @@ pub(crate) use engine::add_trunk;
 pub use engine::{Engine, Generation, StopRule};
 pub use sampler::{Draw, Sampling, argmax, draw};
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// What a reply continues: some tokens of a trunk that other prompts may share, then a footer.
@@ -27,12 +28,24 @@ pub struct Prompt {
     pub header: usize,
     /// What follows them.
     pub footer: Arc<[u32]>,
+    /// Lengths of all prompts that are sampled of this trunk, shortest first. Every pass cuts it there, so that a device
+    /// computes the same bits when some of the prompts take part no more. May be empty where that does not matter.
+    pub cuts: Arc<[usize]>,
 }
 
 impl Prompt {
     /// Tokens of the whole prompt.
     pub fn len(&self) -> usize {
         self.length + self.footer.len()
+    }
+
+    /// Says in each prompt where those of its trunk, which stand together, end.
+    pub fn note_cuts(prompts: &mut [Self]) {
+        for family in prompts.chunk_by_mut(|a, b| Arc::ptr_eq(&a.trunk, &b.trunk)) {
+            let lengths: BTreeSet<usize> = family.iter().map(|prompt| prompt.length).collect();
+            let cuts: Arc<[usize]> = lengths.into_iter().collect();
+            family.iter_mut().for_each(|prompt| prompt.cuts = Arc::clone(&cuts));
+        }
     }
 
     /// Whether there is no token.

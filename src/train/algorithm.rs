@@ -78,8 +78,7 @@ fn add_family(
     ntp_weight: f32,
 ) {
     let lengths = family.iter().map(|group| group.prompt.length);
-    let trunk = &family[0].prompt.trunk;
-    let ends = add_trunk(&mut batch.forest, trunk, lengths);
+    let ends = add_trunk(&mut batch.forest, family[0].prompt, lengths);
     if ntp_weight > 0.0 {
         let first = first_trunk_target(family);
         for segment in ends.values() {
@@ -128,7 +127,14 @@ mod tests {
     use crate::rollout::Finish;
 
     fn prompt(trunk: &Arc<[u32]>, length: usize, header: usize) -> Prompt {
-        Prompt { ordinal: 0, trunk: Arc::clone(trunk), length, header, footer: [7, 8].into() }
+        Prompt {
+            ordinal: 0,
+            trunk: Arc::clone(trunk),
+            length,
+            header,
+            footer: [7, 8].into(),
+            cuts: [].into(),
+        }
     }
 
     fn rollout() -> Rollout {

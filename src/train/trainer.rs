@@ -59,7 +59,7 @@ impl TrainError {
         match self {
             Self::Model(error) => error.hint(),
             Self::Optimizer(error) => error.hint(),
-            Self::OnlyOnCpu { .. } => Some("set model.device to \"cpu\", or leave it out".into()),
+            Self::OnlyOnCpu { .. } => Some("set model.device to \"cpu\", or leave it out; Muon also runs with optimizer.offload = true".into()),
             Self::NonFiniteLoss { .. } | Self::NonFiniteWeights { .. } => Some(
                 "lower optimizer.learning_rate or raise optimizer.warmup_steps; a changed pipeline needs a directory of \
                  its own (--out)"
@@ -156,7 +156,7 @@ impl Trainer {
             #[cfg(feature = "cuda")]
             Some(device) => {
                 let device = crate::model::on_device!(&**device, there => there.device().clone());
-                Place::Device(DeviceTrainer::new(&device, &decoder, &parameters, groups, config, steps)?)
+                Place::Device(DeviceTrainer::new(&device, &decoder, parameters, groups, config, steps)?)
             }
             #[cfg(not(feature = "cuda"))]
             Some(never) => match **never {},

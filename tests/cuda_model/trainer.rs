@@ -1,7 +1,7 @@
 //! Updates: the device's trainer against the CPU's.
 
 use crate::cuda_emulator;
-use crate::support::{decoder, forest, settings};
+use crate::support::{decoder, difference, forest, settings};
 use rpt::config::{OptimizerConfig, OptimizerKind, TrainConfig};
 use rpt::model::{Decoder, Dtype};
 use rpt::train::loss::PolicyLoss;
@@ -183,4 +183,47 @@ fn whoever_shares_a_decoder_keeps_its_weights() {
     again.bring_back().unwrap();
     assert_eq!(again.fingerprint(), start.fingerprint());
     assert_ne!(trainer.into_decoder().unwrap().fingerprint(), start.fingerprint());
+}
+
+#[test]
+fn moments_of_bf16_and_offloaded_ones_move_the_weights_alike() {
+    let start = decoder(1, Dtype::Bf16);
+    let moved = |config: &OptimizerConfig| {
+        let mut trainer = Trainer::new(start.clone().on(Some(&settings())), config, 10).unwrap();
+        for _ in 0..2 {
+            update(&mut trainer, None).unwrap();
+        }
+        let saved = trainer.state().unwrap();
+        assert_eq!(saved.updates, 2);
+        let (name, values) = &saved.optimizer[0];
+        assert_eq!(name, "model.embed_tokens.weight.first_moment");
+        assert!(values.iter().any(|value| *value != 0.0));
+        let parameters = saved.parameters.to_vec();
+        let rounded = Decoder::new(start.config().clone(), Dtype::Bf16, &parameters);
+        assert_eq!(trainer.into_decoder().unwrap().fingerprint(), rounded.fingerprint());
+        parameters
+    };
+    let before = start.parameters();
+    let expected = moved(&config());
+    for other in
+        [OptimizerConfig { moments: Dtype::Bf16, ..config() }, OptimizerConfig { offload: true, ..config() }]
+    {
+        let found = moved(&other);
+        let apart = found.iter().zip(&expected).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>();
+        let all = before.iter().zip(&expected).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>();
+        let limit = if other.offload { 1e-4 } else { 0.05 };
+        assert!(apart < limit * all, "{other:?}: {apart} of {all}");
+    }
+}
+
+#[test]
+fn muon_runs_where_it_is_offloaded() {
+    let config = OptimizerConfig { kind: OptimizerKind::Muon, offload: true, ..config() };
+    let start = decoder(0, Dtype::F32);
+    let mut here = Trainer::new(start.clone(), &config, 10).unwrap();
+    let mut there = Trainer::new(start.clone().on(Some(&settings())), &config, 10).unwrap();
+    update(&mut here, None).unwrap();
+    update(&mut there, None).unwrap();
+    let apart = difference(&there.state().unwrap().parameters, &here.state().unwrap().parameters);
+    assert!(apart < 1e-3, "{apart}");
 }

@@ -14,11 +14,14 @@ pub use forward::{Attend, Batch, DeviceTape, Work};
 use super::layout::Layout;
 use super::{Decoder, DecoderConfig, Dtype, ModelError};
 use crate::cuda::attention::Attention;
-use crate::cuda::{Buffer, Device, Element, Gemm, Result, Slice, SliceMut};
+use crate::cuda::{Buffer, Device, Element, Gemm, Result, Slice};
 use crate::kernels::rotary::RotaryTable;
 use half::bf16;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
+
+/// Weights that are rounded and copied to the device at a time.
+const UPLOADED_TOGETHER: usize = 1 << 24;
 
 /// A number format in which a decoder can compute on a device.
 pub trait Format: Element {
@@ -100,19 +103,25 @@ impl<T: Format> DeviceDecoder<T> {
     /// # Errors
     /// When there are no kernels for its heads, or the device has no room.
     pub fn new(settings: &DeviceSettings, decoder: &Decoder) -> Result<Self> {
-        let DeviceSettings { device, batch_invariant } = settings;
-        let (config, layout) = (decoder.config.clone(), decoder.layout.clone());
-        let mut weights = device.allocate("the weights", layout.len())?;
+        let mut there = Self::empty(settings, decoder)?;
         let mut values = Vec::new();
-        for parameter in layout.parameters() {
+        for parameter in decoder.layout.parameters() {
             let mut row = vec![0.0; parameter.columns];
             values.clear();
             for at in 0..parameter.rows {
                 decoder.weights.row(parameter, at, &mut row);
                 values.extend(row.iter().map(|value| T::narrow(*value)));
             }
-            weights.slice_mut(parameter.range.clone())?.upload(&values)?;
+            there.weights.slice_mut(parameter.range.clone())?.upload(&values)?;
         }
+        Ok(there)
+    }
+
+    /// With weights that are still to come.
+    fn empty(settings: &DeviceSettings, decoder: &Decoder) -> Result<Self> {
+        let DeviceSettings { device, batch_invariant } = settings;
+        let (config, layout) = (decoder.config.clone(), decoder.layout.clone());
+        let weights = device.allocate("the weights", layout.len())?;
         Ok(Self {
             angles: Mutex::new(Arc::new(device.allocate("angles", 0)?)),
             gemm: Gemm::new(device, *batch_invariant)?,
@@ -169,12 +178,19 @@ impl<T: Format> DeviceDecoder<T> {
         Ok(())
     }
 
-    /// Copies the weights of a decoder of the same shape on the same device.
+    /// Replaces all weights by `parameters`, rounded; they are laid out as the layout says.
     ///
     /// # Errors
-    /// When the device has failed.
-    pub fn copy_from(&mut self, other: &Self) -> Result<()> {
-        SliceMut::from(&mut self.weights).copy_from(&other.weights)
+    /// When their number is another, or the device has failed.
+    pub fn set_parameters(&mut self, parameters: &[f32]) -> Result<()> {
+        let mut values = Vec::new();
+        for (number, parameters) in parameters.chunks(UPLOADED_TOGETHER).enumerate() {
+            values.clear();
+            values.extend(parameters.iter().map(|value| T::narrow(*value)));
+            let start = number * UPLOADED_TOGETHER;
+            self.weights.slice_mut(start..start + values.len())?.upload(&values)?;
+        }
+        Ok(())
     }
 
     /// Bytes that a tape holds for each token of a forward pass, unless layers are computed again.

@@ -21,7 +21,7 @@ fn forest(portions: &[Portion]) -> (Forest, Vec<usize>) {
         let trunks = portion
             .prompts
             .first()
-            .map(|prompt| add_trunk(&mut forest, &prompt.trunk, portion.cuts()))
+            .map(|prompt| add_trunk(&mut forest, prompt, portion.cuts()))
             .unwrap_or_default();
         for prompt in portion.prompts {
             ends.push(forest.add(trunks.get(&prompt.length).copied(), &prompt.footer));

@@ -1,0 +1,245 @@
+//! The parameters in full precision and the optimiser's state: on the device, or in the machine's memory.
+
+use super::super::optimizer::{
+    AdamwStep, Optimizer, ParameterGroup, ParameterKind, StepStats, check_layout, locate_non_finite,
+};
+use super::super::schedule::learning_rate;
+use super::super::trainer::{TrainError, TrainerState};
+use crate::config::{OptimizerConfig, OptimizerKind};
+use crate::cuda::optimizer::{self, AdamwState, Chunks, Clip};
+use crate::cuda::{Buffer, Device, Slice, SliceMut};
+use crate::model::Dtype;
+use crate::model::device::{DeviceDecoder, Format};
+use half::bf16;
+use rayon::prelude::*;
+use std::borrow::Cow;
+
+/// Where what an update changes lies, and in what format.
+pub(super) enum Store {
+    Resident(Resident<f32>),
+    /// With moments of bf16, which are rounded at random: to the nearest, small changes would be lost.
+    ResidentBf16(Resident<bf16>),
+    Offloaded(Offloaded),
+}
+
+/// Evaluates an expression for the store that there is.
+macro_rules! each_store {
+    ($store:expr, $name:ident => $body:expr) => {
+        match $store {
+            Store::Resident($name) => $body,
+            Store::ResidentBf16($name) => $body,
+            Store::Offloaded($name) => $body,
+        }
+    };
+}
+
+impl Store {
+    pub(super) fn new(
+        device: &Device,
+        parameters: Vec<f32>,
+        groups: Vec<ParameterGroup>,
+        config: &OptimizerConfig,
+        total_steps: u64,
+    ) -> Result<Self, TrainError> {
+        if config.offload {
+            let optimizer = Optimizer::new(config, groups, total_steps)?;
+            return Ok(Self::Offloaded(Offloaded { parameters, optimizer }));
+        }
+        if config.kind != OptimizerKind::Adamw {
+            return Err(TrainError::OnlyOnCpu { what: "the optimiser Muon" });
+        }
+        match config.moments {
+            Dtype::Bf16 => {
+                Resident::new(device, &parameters, groups, config, total_steps).map(Self::ResidentBf16)
+            }
+            _ => Resident::new(device, &parameters, groups, config, total_steps).map(Self::Resident),
+        }
+    }
+
+    /// Updates made so far.
+    pub(super) fn updates(&self) -> u64 {
+        match self {
+            Self::Resident(store) => store.updates,
+            Self::ResidentBf16(store) => store.updates,
+            Self::Offloaded(store) => store.optimizer.step_count(),
+        }
+    }
+
+    /// Moves the parameters by their gradients, and the decoder's weights with them.
+    pub(super) fn step<T: Format>(
+        &mut self,
+        decoder: &mut DeviceDecoder<T>,
+        gradients: &Buffer<f32>,
+    ) -> Result<StepStats, TrainError> {
+        each_store!(self, store => store.step(decoder, gradients))
+    }
+
+    pub(super) fn state(&self) -> Result<TrainerState<'_>, TrainError> {
+        each_store!(self, store => store.state())
+    }
+
+    pub(super) fn restore<E: From<TrainError>>(
+        &mut self,
+        updates: u64,
+        read: &mut impl FnMut(&str, &mut [f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        each_store!(self, store => store.restore(updates, read))
+    }
+}
+
+/// In the machine's memory: its processors make the update, and the weights go back to the device.
+pub(super) struct Offloaded {
+    parameters: Vec<f32>,
+    optimizer: Optimizer,
+}
+
+impl Offloaded {
+    fn step<T: Format>(
+        &mut self,
+        decoder: &mut DeviceDecoder<T>,
+        gradients: &Buffer<f32>,
+    ) -> Result<StepStats, TrainError> {
+        let update = self.optimizer.step_count();
+        let stats = self.optimizer.step(&mut self.parameters, &gradients.download()?)?;
+        let count = self.parameters.iter().filter(|value| !value.is_finite()).count();
+        if count > 0 {
+            return Err(TrainError::NonFiniteWeights { update, count });
+        }
+        decoder.set_parameters(&self.parameters)?;
+        Ok(stats)
+    }
+
+    #[expect(clippy::unnecessary_wraps, reason = "the other stores can fail")]
+    fn state(&self) -> Result<TrainerState<'_>, TrainError> {
+        let state = self.optimizer.state().into_iter();
+        Ok(TrainerState {
+            parameters: Cow::Borrowed(&self.parameters),
+            optimizer: state.map(|(name, values)| (name, Cow::Borrowed(values))).collect(),
+            updates: self.optimizer.step_count(),
+        })
+    }
+
+    fn restore<E>(
+        &mut self,
+        updates: u64,
+        read: &mut impl FnMut(&str, &mut [f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.optimizer.set_step_count(updates);
+        self.optimizer.state_mut().into_iter().try_for_each(|(name, values)| read(&name, values))
+    }
+}
+
+/// On the device, with moments in the format `M`.
+pub(super) struct Resident<M> {
+    device: Device,
+    config: OptimizerConfig,
+    groups: Vec<ParameterGroup>,
+    total_steps: u64,
+    updates: u64,
+    chunks: Chunks,
+    parameters: Buffer<f32>,
+    first_moments: Buffer<M>,
+    second_moments: Buffer<M>,
+}
+
+impl<M: Format> Resident<M> {
+    fn new(
+        device: &Device,
+        parameters: &[f32],
+        groups: Vec<ParameterGroup>,
+        config: &OptimizerConfig,
+        total_steps: u64,
+    ) -> Result<Self, TrainError> {
+        check_layout(&groups)?;
+        let part = |group: &ParameterGroup| (group.range.clone(), group.kind == ParameterKind::Matrix);
+        Ok(Self {
+            chunks: Chunks::new(device, &groups.iter().map(part).collect::<Vec<_>>())?,
+            parameters: device.upload("the parameters", parameters)?,
+            first_moments: device.zeroed("the first moments", parameters.len())?,
+            second_moments: device.zeroed("the second moments", parameters.len())?,
+            device: device.clone(),
+            config: config.clone(),
+            groups,
+            total_steps,
+            updates: 0,
+        })
+    }
+
+    fn step<T: Format>(
+        &mut self,
+        decoder: &mut DeviceDecoder<T>,
+        gradients: &Buffer<f32>,
+    ) -> Result<StepStats, TrainError> {
+        let learning_rate = learning_rate(&self.config, self.updates, self.total_steps);
+        let clip = optimizer::clip(&self.device, Slice::from(gradients), self.config.max_grad_norm)?;
+        let figures = clip.read()?;
+        if figures.refused {
+            return Err(locate_non_finite(self.groups.iter(), &gradients.download()?, self.updates).into());
+        }
+        self.updates += 1;
+        self.move_parameters(decoder, gradients, learning_rate, &clip)?;
+        self.check_parameters()?;
+        Ok(StepStats { gradient_norm: figures.norm, learning_rate, clipped: figures.scale < 1.0 })
+    }
+
+    fn move_parameters<T: Format>(
+        &mut self,
+        decoder: &mut DeviceDecoder<T>,
+        gradients: &Buffer<f32>,
+        learning_rate: f32,
+        clip: &Clip,
+    ) -> Result<(), TrainError> {
+        let step = AdamwStep::new(&self.config, learning_rate, 1.0, self.updates).on_device(self.updates);
+        let state = AdamwState::<T, M> {
+            parameters: SliceMut::from(&mut self.parameters),
+            first: SliceMut::from(&mut self.first_moments),
+            second: SliceMut::from(&mut self.second_moments),
+            weights: Some(SliceMut::from(decoder.weights_mut())),
+            average: None,
+        };
+        Ok(optimizer::adamw(&self.device, &self.chunks, &step, clip, Slice::from(gradients), state)?)
+    }
+
+    /// The sum of squares is finite when all parameters are.
+    fn check_parameters(&self) -> Result<(), TrainError> {
+        if !optimizer::clip(&self.device, Slice::from(&self.parameters), 0.0)?.read()?.refused {
+            return Ok(());
+        }
+        let count = self.parameters.download()?.par_iter().filter(|value| !value.is_finite()).count();
+        Err(TrainError::NonFiniteWeights { update: self.updates - 1, count })
+    }
+
+    fn state(&self) -> Result<TrainerState<'_>, TrainError> {
+        let mut optimizer = Vec::with_capacity(2 * self.groups.len());
+        for group in &self.groups {
+            let parts = [("first_moment", &self.first_moments), ("second_moment", &self.second_moments)];
+            for (part, moments) in parts {
+                let values = moments.slice(group.range.clone())?.download()?;
+                let values = values.into_iter().map(Format::widen).collect();
+                optimizer.push((format!("{}.{part}", group.name), Cow::Owned(values)));
+            }
+        }
+        let parameters = Cow::Owned(self.parameters.download()?);
+        Ok(TrainerState { parameters, optimizer, updates: self.updates })
+    }
+
+    fn restore<E: From<TrainError>>(
+        &mut self,
+        updates: u64,
+        read: &mut impl FnMut(&str, &mut [f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.updates = updates;
+        for group in &self.groups {
+            let mut values = vec![0.0; group.range.len()];
+            let parts =
+                [("first_moment", &mut self.first_moments), ("second_moment", &mut self.second_moments)];
+            for (part, moments) in parts {
+                read(&format!("{}.{part}", group.name), &mut values)?;
+                let stored: Vec<M> = values.iter().map(|value| M::narrow(*value)).collect();
+                let slice = moments.slice_mut(group.range.clone());
+                slice.and_then(|mut slice| slice.upload(&stored)).map_err(TrainError::from)?;
+            }
+        }
+        Ok(())
+    }
+}
