@@ -4,7 +4,7 @@ use super::materials::check_lengths;
 use super::remote::{Commits, Scope, localize};
 use crate::config::{Loaded, Pipeline, PolicyRecipe};
 use crate::error::Error;
-use crate::model::{DecoderConfig, Layout};
+use crate::model::{DecoderConfig, DeviceName, Layout};
 use crate::report::Log;
 use crate::train::Trainer;
 use serde::Serialize;
@@ -19,14 +19,25 @@ pub struct Plan {
     pub stages: Vec<(String, String)>,
     /// Parameters of the model.
     pub parameters: usize,
-    /// Most bytes of weights, gradients and AdamW moments; activations come on top.
-    pub training_bytes: usize,
+    /// What training holds in memory, and where.
+    pub memory: Vec<Held>,
     /// Rollouts of one step.
     pub rollouts_per_step: usize,
     /// Largest number of sampled tokens of one step.
     pub max_sampled_tokens_per_step: usize,
     /// What the algorithm's name and its overrides resolve to.
     pub recipe: Option<PolicyRecipe>,
+}
+
+/// Bytes of one kind that training holds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Held {
+    /// What they are.
+    pub what: &'static str,
+    /// Bytes in the machine's memory.
+    pub machine_bytes: u64,
+    /// Bytes in the memory of the device, if the model is on one.
+    pub device_bytes: u64,
 }
 
 /// Plans a run: resolves and validates, and touches nothing. Of a model on the Hub the configuration alone
@@ -52,28 +63,52 @@ pub fn plan(loaded: &Loaded) -> Result<Plan, Error> {
     if let Some(config) = &config {
         check_lengths(pipeline, config, 0)?;
     }
-    let parameters = config.map_or(0, |config| Layout::new(&config).len());
+    let parameters = config.as_ref().map_or(0, |config| Layout::new(config).len());
     let train = pipeline.train.as_ref();
     let rollouts = train.map_or(0, |train| train.tasks_per_step * pipeline.rollout.samples_per_task);
     Ok(Plan {
         name: loaded.name.clone(),
         stages: stages(loaded),
         parameters,
-        training_bytes: training_bytes(pipeline, parameters),
+        memory: config.map_or(Vec::new(), |config| memory(pipeline, &config)),
         rollouts_per_step: rollouts,
         max_sampled_tokens_per_step: rollouts * pipeline.rollout.max_new_tokens,
         recipe: train.map(crate::config::TrainConfig::recipe),
     })
 }
 
-/// The weights in their format (twice for an adapter, which stands on a copy); and in full precision,
-/// for whatever is trained, the parameters, two moments and the gradient buffers.
-fn training_bytes(pipeline: &Pipeline, parameters: usize) -> usize {
-    let weights = parameters * pipeline.model.dtype.unwrap_or_default().bytes();
-    match &pipeline.model.lora {
-        Some(_) => 2 * weights,
-        None => weights + 4 * parameters * (3 + Trainer::gradient_buffers(parameters)),
+/// What training holds at most, in the order of what cannot be done without.
+fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
+    let layout = Layout::new(config);
+    let (count, dtype) = (layout.len() as u64, pipeline.model.dtype.unwrap_or_default());
+    let weights = count * dtype.bytes() as u64;
+    let held = |what, machine_bytes, device_bytes| Held { what, machine_bytes, device_bytes };
+    let tokens = pipeline.run.tokens_per_micro_batch as u64;
+    let inputs = tokens * (4 * config.layers * config.hidden_size) as u64;
+    if pipeline.model.device == DeviceName::Cpu {
+        // An adapter stands on a copy of the weights, and is small beside them.
+        let (copies, trained) = if pipeline.model.lora.is_some() { (2, 0) } else { (1, count) };
+        let gradients = 4 * trained * Trainer::gradient_buffers(layout.len()) as u64;
+        return vec![
+            held("weights", copies * weights, 0),
+            held("parameters", 4 * trained, 0),
+            held("moments", 8 * trained, 0),
+            held("gradients", gradients, 0),
+            held("activations, if layers are computed again", inputs, 0),
+        ];
     }
+    let optimizer = pipeline.train.as_ref().map(|train| train.optimizer.clone()).unwrap_or_default();
+    let state = 4 * count + 2 * count * optimizer.moments.bytes() as u64;
+    let (here, there) = if optimizer.offload { (state, 0) } else { (0, state) };
+    let tape = tokens * config.device_tape_bytes(dtype.bytes()) as u64;
+    vec![
+        held("weights", weights, weights),
+        held("gradients", 0, 4 * count),
+        held("parameters and moments", here, there),
+        held("activations of a micro-batch", 0, tape),
+        held("activations, if layers are computed again", 0, inputs),
+        held("keys and values of 1,000 tokens", 0, 1000 * config.cached_bytes(dtype.bytes()) as u64),
+    ]
 }
 
 fn stages(loaded: &Loaded) -> Vec<(String, String)> {
@@ -124,15 +159,33 @@ impl fmt::Display for Plan {
             writeln!(f, "  {name:<16} {what}")?;
         }
         writeln!(f, "parameters        {}", self.parameters)?;
+        let on_device = self.memory.iter().any(|held| held.device_bytes > 0);
         writeln!(
             f,
-            "weights, gradients and moments: at most {:.1} MiB",
-            self.training_bytes as f64 / 1_048_576.0
+            "memory{}",
+            if on_device { format!("{:>55}{:>14}", "machine", "device") } else { String::new() }
         )?;
+        for Held { what, machine_bytes, device_bytes } in &self.memory {
+            write!(f, "  {what:<44} {:>14}", binary(*machine_bytes))?;
+            writeln!(
+                f,
+                "{}",
+                if on_device { format!("{:>14}", binary(*device_bytes)) } else { String::new() }
+            )?;
+        }
         write!(
             f,
             "rollouts per step {} (at most {} tokens)",
             self.rollouts_per_step, self.max_sampled_tokens_per_step
         )
+    }
+}
+
+/// A number of bytes for people.
+fn binary(bytes: u64) -> String {
+    match bytes {
+        0 => "-".into(),
+        ..0x4000_0000 => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
+        _ => format!("{:.1} GiB", bytes as f64 / 1_073_741_824.0),
     }
 }

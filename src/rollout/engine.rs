@@ -124,7 +124,7 @@ impl Engine<'_> {
         match self.decoder.on_device()? {
             None => self.generate_here(prompts, samples),
             Some(device) => on_device!(&**device, decoder => {
-                super::device::generate(self, decoder, prompts, samples, super::device::Limits::default())
+                super::device::generate(self, decoder, prompts, samples, super::device::Limits::of(decoder))
             }),
         }
     }

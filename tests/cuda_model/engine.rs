@@ -130,7 +130,7 @@ fn assert_limits_change_nothing(family: usize, dtype: Dtype, others: [Limits; 2]
 fn neither_rows_nor_lag_nor_memory_change_a_bit() {
     let usual = Limits::default();
     // No pages are as many as the longest prompt and reply need.
-    let little_memory = Limits { pages: 0, replies: 5, room: 1, lag: 1, ..usual };
+    let little_memory = Limits { pages: 0, replies: 5, room: 1, lag: 1, padded: false, ..usual };
     let one_by_one = Limits { replies: 1, room: 7, lag: 9, prompt_tokens: 1, ..usual };
     assert_limits_change_nothing(1, Dtype::F32, [little_memory, one_by_one]);
 }
@@ -141,6 +141,16 @@ fn pauses_and_rounds_change_no_bit() {
     let pauses = Limits { pages: 14, room: 3, ..usual };
     let in_turns = Limits { pages: 25, replies: 4, room: 16, lag: 2, ..usual };
     assert_limits_change_nothing(0, Dtype::Bf16, [pauses, in_turns]);
+}
+
+#[test]
+fn rows_of_nobody_change_no_bit() {
+    let usual = Limits::default();
+    assert!(usual.padded);
+    // Of 21 replies, and of the fewer that are left when some have ended.
+    let unpadded = Limits { padded: false, ..usual };
+    let five = Limits { replies: 5, room: 4, ..usual };
+    assert_limits_change_nothing(2, Dtype::F32, [unpadded, five]);
 }
 
 #[test]

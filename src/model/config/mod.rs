@@ -141,6 +141,20 @@ impl DecoderConfig {
         }
     }
 
+    /// Bytes that a device's tape holds for each token of a forward pass, in a format of `element` bytes, unless layers are
+    /// computed again.
+    pub(crate) fn device_tape_bytes(&self, element: usize) -> usize {
+        let before = if self.qk_norm { self.qkv_width() } else { 0 };
+        let stored = self.qkv_width() + before + self.heads * self.head_dim + 2 * self.intermediate_size;
+        let single = 2 * (self.hidden_size + 1) + self.heads;
+        self.layers * (stored * element + single * size_of::<f32>())
+    }
+
+    /// Bytes of a token's keys and values, in a format of `element` bytes.
+    pub(crate) fn cached_bytes(&self, element: usize) -> usize {
+        self.layers * 2 * self.kv_heads * self.head_dim * element
+    }
+
     /// Operations of the layers' forward pass: 2 for each weight and row, 4 for each pair of query
     /// and visible key and element of a head.
     pub(crate) fn layer_flops(&self, rows: usize, pairs: usize) -> u64 {

@@ -195,11 +195,7 @@ impl<T: Format> DeviceDecoder<T> {
 
     /// Bytes that a tape holds for each token of a forward pass, unless layers are computed again.
     pub fn tape_bytes_per_token(&self) -> usize {
-        let c = &self.config;
-        let before = if c.qk_norm { c.qkv_width() } else { 0 };
-        let stored = c.qkv_width() + before + c.heads * c.head_dim + 2 * c.intermediate_size;
-        let single = 2 * (c.hidden_size + 1) + c.heads;
-        c.layers * (stored * size_of::<T>() + single * size_of::<f32>())
+        self.config.device_tape_bytes(size_of::<T>())
     }
 
     fn weight(&self, range: &Range<usize>) -> Result<Slice<'_, T>> {

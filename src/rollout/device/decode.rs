@@ -1,7 +1,7 @@
 //! Steps of decoding, recorded as a graph: the device draws a token for each reply and goes on with it, and the host looks at
 //! the tokens some steps later.
 
-use super::Kept;
+use super::{Kept, Limits};
 use super::landing::Landing;
 use super::pages::{Cache, CachedTokens, Pages};
 use crate::cuda::attention::{PagedInputs, PagedTables};
@@ -43,7 +43,7 @@ struct Reading {
 }
 
 impl Reading {
-    fn new<T: Kept>(decoder: &DeviceDecoder<T>, seats: &[Seat]) -> Result<Self> {
+    fn new<T: Kept>(decoder: &DeviceDecoder<T>, seats: &[Seat], rows: usize) -> Result<Self> {
         let (mut segments, mut page_table, mut numbers) = (Vec::new(), Vec::new(), BTreeMap::new());
         let mut paths = Vec::with_capacity(seats.len());
         for seat in seats {
@@ -67,6 +67,8 @@ impl Reading {
             page_table.extend_from_slice(seat.pages.numbers());
             paths.push(path);
         }
+        // Rows of nobody see nothing.
+        paths.resize(rows, Vec::new());
         let queries = paths.iter().enumerate().map(|(row, path)| PagedQuery { row, path, visible: 0 });
         let plan = planned(decoder, &segments, &queries.collect::<Vec<_>>())?;
         Ok(Self { plan, page_table })
@@ -157,11 +159,12 @@ impl<T: Kept> Step<T> {
     fn new(
         decoder: &DeviceDecoder<T>,
         seats: &[Seat],
+        rows: usize,
         pages_per_reply: usize,
         capacity: usize,
     ) -> Result<Self> {
-        let (device, config, rows) = (decoder.device(), decoder.config(), seats.len());
-        let Reading { plan, page_table } = Reading::new(decoder, seats)?;
+        let (device, config) = (decoder.device(), decoder.config());
+        let Reading { plan, page_table } = Reading::new(decoder, seats, rows)?;
         let tables = PagedTables::upload(device, &plan)?;
         let geometry = config.geometry();
         let mut reply_pages = vec![0; rows * pages_per_reply];
@@ -169,7 +172,7 @@ impl<T: Kept> Step<T> {
             let pages = seat.pages.numbers();
             own[..pages.len()].copy_from_slice(pages);
         }
-        let starts: Vec<u32> = seats.iter().map(|seat| seat.start as u32).collect();
+        let starts = of_rows(seats, rows, |seat| seat.start as u32, 0);
         let numbers: Vec<u32> = (0..rows as u32).collect();
         Ok(Self {
             statistics: device.allocate("partial attention", tables.statistics(geometry))?,
@@ -188,11 +191,27 @@ impl<T: Kept> Step<T> {
     }
 }
 
+/// The number of rows of a round with so many replies: one of few, at most twice as many and from 32 on at most half as many
+/// again.
+fn padded(replies: usize) -> usize {
+    let above = replies.next_power_of_two();
+    let between = above / 4 * 3;
+    if above > 32 && replies <= between { between } else { above }
+}
+
+/// A value for the row of each reply, and `nobody` for the others.
+fn of_rows<V: Copy>(seats: &[Seat], rows: usize, value: impl Fn(&Seat) -> V, nobody: V) -> Vec<V> {
+    let mut values: Vec<V> = seats.iter().map(value).collect();
+    values.resize(rows, nobody);
+    values
+}
+
 /// The state of decoding on the device, for some replies side by side.
 #[derive(Debug)]
 pub(super) struct Decoding {
     settings: Settings,
     capacity: usize,
+    padded: bool,
     pages_per_reply: usize,
     replies: Replies,
     records: Records,
@@ -203,7 +222,7 @@ pub(super) struct Decoding {
 }
 
 impl Decoding {
-    /// For at most so many replies of at most `capacity` tokens, and `lag` steps ahead of the host.
+    /// For replies of at most `capacity` tokens, as many and as far ahead of the host as the limits say.
     ///
     /// # Errors
     /// When the device has no room.
@@ -211,11 +230,14 @@ impl Decoding {
         device: &Device,
         settings: Settings,
         end_tokens: &[u32],
-        (rows, capacity, lag): (usize, usize, usize),
+        capacity: usize,
+        &Limits { replies, lag, padded: is_padded, .. }: &Limits,
     ) -> Result<Self> {
+        let rows = if is_padded { padded(replies) } else { replies };
         Ok(Self {
             settings,
             capacity,
+            padded: is_padded,
             pages_per_reply: capacity.saturating_sub(1).div_ceil(PAGE).max(1),
             replies: Replies::new(device, rows)?,
             records: Records::new(device, rows, capacity)?,
@@ -241,23 +263,23 @@ impl Decoding {
         cache: &mut Cache<T>,
         seats: &[Seat],
     ) -> Result<Graph> {
-        self.seat(seats)?;
-        let mut step = Step::new(decoder, seats, self.pages_per_reply, self.capacity)?;
+        let rows = if self.padded { padded(seats.len()) } else { seats.len() };
+        self.seat(seats, rows)?;
+        let mut step = Step::new(decoder, seats, rows, self.pages_per_reply, self.capacity)?;
         let angles = decoder.angles(step.positions)?;
         decoder.device().record(|| self.step(decoder, cache, &angles, &mut step))
     }
 
-    /// Brings the replies' state to the device.
-    fn seat(&mut self, seats: &[Seat]) -> Result<()> {
-        let rows = seats.len();
-        let of =
-            |value: fn(&Seat) -> usize| seats.iter().map(|seat| value(seat) as u32).collect::<Vec<u32>>();
-        let keys: Vec<u64> = seats.iter().map(|seat| seat.key).collect();
-        let slots: Vec<i32> = seats.iter().map(|seat| seat.pages.slot(seat.length - 1)).collect();
+    /// Brings the replies' state to the device. Rows of nobody are replies that have ended: nothing is drawn for them, and
+    /// they write nothing to the cache.
+    fn seat(&mut self, seats: &[Seat], rows: usize) -> Result<()> {
+        let of = |value: fn(&Seat) -> usize| of_rows(seats, rows, |seat| value(seat) as u32, 0);
+        let slots = of_rows(seats, rows, |seat| seat.pages.slot(seat.length - 1), -1);
         let lengths = of(|seat| seat.length);
-        self.replies.keys.slice_mut(..rows)?.upload(&keys)?;
+        let finishes = of_rows(seats, rows, |_| sampling::LIVE, sampling::STOPPED);
+        self.replies.keys.slice_mut(..rows)?.upload(&of_rows(seats, rows, |seat| seat.key, 0))?;
         self.replies.lengths.slice_mut(..rows)?.upload(&lengths)?;
-        self.replies.finishes.slice_mut(..rows)?.upload(&vec![sampling::LIVE; rows])?;
+        self.replies.finishes.slice_mut(..rows)?.upload(&finishes)?;
         self.next.ids.slice_mut(..rows)?.upload(&of(|seat| seat.last as usize))?;
         self.next.positions.slice_mut(..rows)?.upload(&of(|seat| seat.start + seat.length - 1))?;
         self.next.slots.slice_mut(..rows)?.upload(&slots)?;
@@ -333,5 +355,21 @@ impl Decoding {
     /// When the device has failed.
     pub(super) fn landed(&self, number: usize) -> Result<Vec<Draw>> {
         self.landings[number % self.lag()].draws()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::padded;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn numbers_of_rows_are_few() {
+        let numbers: BTreeSet<usize> = (1..=512).map(padded).collect();
+        let expected = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512];
+        assert!(numbers.iter().eq(&expected));
+        for replies in 1..=512 {
+            assert!(expected.iter().find(|number| **number >= replies) == Some(&padded(replies)));
+        }
     }
 }

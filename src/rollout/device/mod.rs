@@ -45,12 +45,23 @@ pub struct Limits {
     pub memory: f64,
     /// Most pages of sixteen positions.
     pub pages: usize,
+    /// Whether rows of nobody make up the numbers, so that rounds have few different ones: the vendor's library looks for an
+    /// algorithm for every shape of a product.
+    pub padded: bool,
+}
+
+impl Limits {
+    /// Those that a decoder does best with. Own kernels take any number of rows.
+    pub fn of<T: Format>(decoder: &DeviceDecoder<T>) -> Self {
+        Self { padded: !decoder.is_batch_invariant(), ..Self::default() }
+    }
 }
 
 impl Default for Limits {
     fn default() -> Self {
         // Page numbers times sixteen are below 2^31.
-        Self { replies: 512, room: 128, lag: 4, prompt_tokens: 16 << 10, memory: 0.75, pages: 1 << 26 }
+        let (replies, prompt_tokens, pages) = (512, 16 << 10, 1 << 26);
+        Self { replies, room: 128, lag: 4, prompt_tokens, memory: 0.75, pages, padded: true }
     }
 }
 

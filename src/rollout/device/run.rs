@@ -69,10 +69,9 @@ impl<'a, T: Kept> Run<'a, T> {
         let settings = settings(&engine.sampling);
         let rows = limits.replies.min(prompts.len() * samples).max(1);
         let limits = Limits { replies: rows, room: limits.room.max(1), ..limits };
-        let bounds = (rows, capacity, limits.lag);
         Ok(Self {
             cache: Cache::new(decoder, pages)?,
-            decoding: Decoding::new(decoder.device(), settings, &engine.stop.eos, bounds)?,
+            decoding: Decoding::new(decoder.device(), settings, &engine.stop.eos, capacity, &limits)?,
             waiting: Waiting::new(prompts),
             done: vec![vec![None; samples]; prompts.len()],
             live: Vec::new(),
