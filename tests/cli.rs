@@ -141,6 +141,10 @@ fn pipeline_files_are_refused_with_a_place_and_a_hint() {
     refused(PIPELINE, &["train.steps"], &["--set train.steps: no `=`"]);
     refused(PIPELINE, &["train.stpes=3"], &["did you mean `steps`?"]);
     refused(PIPELINE, &["rollout.samples_per_task=1"], &["rollout.samples_per_task"]);
+    let fp8 = ["rollout.kv_cache=fp8", "model.device=cuda", "model.batch_invariant=true", "model.dtype=f32"];
+    for (sets, words) in [(1, "on a device"), (3, "model.batch_invariant"), (4, "weights of bf16")] {
+        refused(PIPELINE, &fp8[..sets], &["rollout.kv_cache", words]);
+    }
     refused(PIPELINE, &["model.path=hf://datasets/o/n"], &["model.path", "a model is needed"]);
     refused(PIPELINE, &["corpus.source=hf://datasets/o"], &["corpus.source", "an owner and a name"]);
     refuses(&rpt(["run", "absent.toml"]), 2, &["absent.toml"]);

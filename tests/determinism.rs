@@ -8,7 +8,7 @@ mod common;
 mod run;
 
 use command::texts;
-use rpt::config::{LossMean, OptimizerConfig, TrainConfig};
+use rpt::config::{CacheFormat, LossMean, OptimizerConfig, TrainConfig};
 use rpt::kernels::head::TokenScore;
 use rpt::kernels::simd::{Isa, isa};
 use rpt::model::{Decoder, Forest, Workspace};
@@ -80,7 +80,7 @@ fn prompts(seed: u64) -> Vec<Prompt> {
 
 fn engine<'a>(decoder: &'a Decoder, tokenizer: &'a Tokenizer, sampling: Sampling) -> Engine<'a> {
     let stop = StopRule { eos: vec![3, 650], strings: &[], tokenizer, max_new_tokens: 12 };
-    Engine { decoder, sampling, stop, seed: 5, policy_version: 0 }
+    Engine { decoder, sampling, stop, seed: 5, policy_version: 0, kv_cache: CacheFormat::Model }
 }
 
 fn on_threads<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
@@ -232,7 +232,8 @@ fn replies(
 ) -> Vec<Rollout> {
     let stop = StopRule { eos: eos.to_vec(), strings, tokenizer, max_new_tokens: n };
     // Ids below 300 are the tokenizer's, so that replies are text.
-    let engine = Engine { decoder, sampling: WARM, stop, seed: 9, policy_version: 0 };
+    let engine =
+        Engine { decoder, sampling: WARM, stop, seed: 9, policy_version: 0, kv_cache: CacheFormat::Model };
     engine.generate(&prompts_of_text(), 1).unwrap().groups.into_iter().flatten().collect()
 }
 

@@ -19,6 +19,7 @@ pub use step::{StepFigures, step};
 pub use train::{TrainFigures, TrainWork, train};
 pub use workload::Workload;
 
+use crate::config::CacheFormat;
 use crate::model::Decoder;
 use crate::rollout::{Engine, Sampling, StopRule};
 use crate::time::Time;
@@ -37,6 +38,7 @@ fn engine<'a>(
         stop: StopRule { eos: Vec::new(), strings: &[], tokenizer, max_new_tokens },
         seed: round as u64,
         policy_version: 0,
+        kv_cache: CacheFormat::Model,
     }
 }
 

@@ -122,6 +122,7 @@ impl Arguments {
             stop: StopRule { eos: special.ends(), strings: &settings.stop, tokenizer, max_new_tokens },
             seed: self.seed,
             policy_version: 0,
+            kv_cache: settings.kv_cache,
         };
         let generation = engine.generate(std::slice::from_ref(prompt), self.samples.into())?;
         Ok(generation.groups.into_iter().flatten().map(|rollout| Reply::new(rollout, tokenizer)).collect())
@@ -142,6 +143,7 @@ impl Arguments {
             max_new_tokens: self.max_new_tokens.unwrap_or(base.max_new_tokens.min(room)),
             stop: if self.stop.is_empty() { base.stop } else { self.stop.clone() },
             samples_per_task: self.samples.into(),
+            kv_cache: base.kv_cache,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Combinations of values that could not work, refused before anything runs.
 
-use super::{ConfigError, CorpusConfig, OptimizerConfig, OptimizerKind, Pipeline, Selection};
+use super::{CacheFormat, ConfigError, CorpusConfig, OptimizerConfig, OptimizerKind, Pipeline, Selection};
 use crate::hub::{HubError, HubReference, RepositoryKind, is_remote};
 use crate::model::{DeviceName, Dtype, MODULES, Products};
 use std::path::{Path, PathBuf};
@@ -255,6 +255,33 @@ impl Pipeline {
             "rollout.max_new_tokens",
             "must be at least 1",
             "leave it out for the default",
+        )?;
+        self.validate_kv_cache()
+    }
+
+    fn validate_kv_cache(&self) -> Check {
+        let (model, key) = (&self.model, "rollout.kv_cache");
+        if self.rollout.kv_cache == CacheFormat::Model {
+            return Ok(());
+        }
+        require(
+            model.device != DeviceName::Cpu,
+            key,
+            "fp8 is for models on a device",
+            "leave it out, or set model.device = \"cuda\"",
+        )?;
+        let dtype = model.dtype.or(model.scratch.as_ref().map(|_| Dtype::F32));
+        require(
+            dtype.is_none_or(|dtype| dtype == Dtype::Bf16),
+            key,
+            "fp8 is for weights of bf16",
+            "set model.dtype = \"bf16\" as well",
+        )?;
+        require(
+            !model.batch_invariant,
+            key,
+            "fp8 gives sampling other bits than training, which model.batch_invariant is to prevent",
+            "leave one of the two out",
         )
     }
 

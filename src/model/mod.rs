@@ -100,6 +100,12 @@ pub enum ModelError {
         /// Their format.
         dtype: &'static str,
     },
+    /// Keys and values of the weights' format cannot be cached as fp8.
+    #[error("keys and values of a model of {dtype} cannot be cached as fp8")]
+    CacheDtype {
+        /// The weights' format.
+        dtype: &'static str,
+    },
     /// A CUDA device was asked for, and this program cannot use one.
     #[error("this rpt was built without CUDA")]
     NoCuda,
@@ -162,6 +168,9 @@ impl ModelError {
             ),
             Self::Products { .. } => Some("set model.dtype (--dtype) to bf16 as well".into()),
             Self::DeviceDtype { .. } => Some("set model.dtype (--dtype) to bf16 or f32".into()),
+            Self::CacheDtype { .. } => {
+                Some("set model.dtype (--dtype) to bf16, or leave rollout.kv_cache out".into())
+            }
             Self::NoCuda => Some(
                 "build it with --features cuda (README: CUDA), or use device = \"cpu\"".into(),
             ),

@@ -506,5 +506,6 @@ pub(super) fn engine<'a>(
         tokenizer: &vocabulary.tokenizer,
         max_new_tokens: run.pipeline.rollout.max_new_tokens,
     };
-    Engine { decoder, sampling, stop, seed: run.pipeline.seed, policy_version }
+    let (seed, kv_cache) = (run.pipeline.seed, run.pipeline.rollout.kv_cache);
+    Engine { decoder, sampling, stop, seed, policy_version, kv_cache }
 }

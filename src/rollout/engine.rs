@@ -2,6 +2,7 @@
 
 use super::sampler::{Draw, Sampling, draw};
 use super::{Finish, Prompt, Rollout};
+use crate::config::CacheFormat;
 use crate::model::{Decoder, Extension, Forest, KvCache, ModelError, NodeId, Workspace, on_device};
 use crate::random::Stream;
 use crate::tokenize::Tokenizer;
@@ -89,6 +90,8 @@ pub struct Engine<'a> {
     pub seed: u64,
     /// Optimiser updates behind the decoder's weights, for the record.
     pub policy_version: u64,
+    /// Number format of cached keys and values on a device. The CPU keeps its own.
+    pub kv_cache: CacheFormat,
 }
 
 /// A prompt's place in the cache and the normalised hidden state behind its last token.

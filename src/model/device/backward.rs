@@ -3,10 +3,11 @@
 use super::forward::{Inside, LayerTape, WithinForest};
 use super::{Batch, DeviceDecoder, DeviceTape, Format};
 use crate::cuda::attention::{ForestGradients, ForestInputs, ForestSaved};
+use crate::cuda::embedding::{self, Runs};
 use crate::cuda::gemm::Sum;
 use crate::cuda::norm;
 use crate::cuda::{Buffer, Matrix, MatrixMut, Result, Slice, SliceMut};
-use crate::cuda::{embedding, reduce, swiglu};
+use crate::cuda::{reduce, swiglu};
 use std::ops::Range;
 
 impl<T: Format> DeviceDecoder<T> {
@@ -22,6 +23,8 @@ impl<T: Format> DeviceDecoder<T> {
         mut grad_x: Buffer<f32>,
         gradients: &mut Buffer<f32>,
     ) -> Result<()> {
+        // While the device is still busy with the head.
+        let runs = Runs::new(&self.device, &batch.tokens)?;
         let mut again = None;
         while let Some(LayerTape { input, inside }) = tape.layers.pop() {
             let layer = tape.layers.len();
@@ -32,7 +35,7 @@ impl<T: Format> DeviceDecoder<T> {
             self.layer_backward(layer, batch, &input, inside, &mut grad_x, gradients)?;
         }
         let table = gradients.slice_mut(self.layout.embedding.clone())?;
-        embedding::add_rows(&self.device, Slice::from(&grad_x), &batch.runs, table, self.config.hidden_size)
+        embedding::add_rows(&self.device, Slice::from(&grad_x), &runs, table, self.config.hidden_size)
     }
 
     /// Computes a layer once more, from its input. `buffers` serve all layers.

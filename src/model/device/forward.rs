@@ -2,7 +2,7 @@
 
 use super::{DeviceDecoder, Format};
 use crate::cuda::attention::{ForestInputs, ForestTables};
-use crate::cuda::embedding::{self, Runs};
+use crate::cuda::embedding;
 use crate::cuda::forest::{ForestPlan, Planning};
 use crate::cuda::norm::{self, Norm, Rows};
 use crate::cuda::reduce;
@@ -24,8 +24,8 @@ pub struct Batch {
     pub(crate) ids: Indices,
     pub(crate) positions: Indices,
     pub(crate) angles: Arc<Buffer<f32>>,
-    /// Rows of each token, for the embedding's gradient.
-    pub(super) runs: Runs,
+    /// The token of each packed row, for the embedding's gradient.
+    pub(super) tokens: Vec<u32>,
     /// For each of the forest's rows, the packed row where it lies.
     places: Vec<u32>,
 }
@@ -155,8 +155,8 @@ impl<T: Format> DeviceDecoder<T> {
         let positions: Vec<u32> = plan.packed.positions().map(|position| position as u32).collect();
         Ok(Batch {
             tables: ForestTables::upload(&self.device, &plan)?,
-            runs: Runs::new(&self.device, &ids)?,
             ids: Indices::upload(&self.device, "tokens", &ids)?,
+            tokens: ids,
             positions: Indices::upload(&self.device, "positions", &positions)?,
             angles: self.angles(forest.longest_path())?,
             places: plan.packed.places(),

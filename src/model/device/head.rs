@@ -15,8 +15,8 @@ struct Chunk {
     places: Indices,
     tokens: Indices,
     inverse_temperature: f32,
-    /// Targets of each row, for the row's gradient.
-    runs: Runs,
+    /// The row of each target, for the row's gradient.
+    rows: Vec<u32>,
 }
 
 impl Chunk {
@@ -151,7 +151,7 @@ impl<T: Format> DeviceDecoder<T> {
         gradients: &mut Buffer<f32>,
     ) -> Result<()> {
         let (hidden, vocabulary) = (self.config.hidden_size, self.config.vocab_size);
-        let rows = scales.len();
+        let (rows, runs) = (scales.len(), Runs::new(&self.device, &chunk.rows)?);
         let grad_out = || Matrix::new(grad_logits, rows, vocabulary);
         let grad_head = MatrixMut::new(gradients.slice_mut(self.layout.head.clone())?, vocabulary, hidden)?;
         self.gemm.weight_gradient(grad_out()?, Matrix::new(states, rows, hidden)?, grad_head, true)?;
@@ -169,7 +169,7 @@ impl<T: Format> DeviceDecoder<T> {
             None,
             gradients.slice_mut(self.layout.final_norm.clone())?,
         )?;
-        embedding::add_rows(&self.device, Slice::from(&grad_rows), &chunk.runs, grad_x.into(), hidden)
+        embedding::add_rows(&self.device, Slice::from(&grad_rows), &runs, grad_x.into(), hidden)
     }
 
     /// Targets on the device, as many at a time as logits of them may exist.
@@ -186,7 +186,7 @@ impl<T: Format> DeviceDecoder<T> {
                 places: Indices::upload(&self.device, "targets", &places)?,
                 tokens: Indices::upload(&self.device, "targets", tokens)?,
                 inverse_temperature: targets.inverse_temperature,
-                runs: Runs::new(&self.device, &places)?,
+                rows: places,
             })
         })
     }

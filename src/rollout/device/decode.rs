@@ -1,15 +1,16 @@
 //! Steps of decoding, recorded as a graph: the device draws a token for each reply and goes on with it, and the host looks at
 //! the tokens some steps later.
 
-use super::{Kept, Limits};
+use super::Limits;
+use super::format::PageFormat;
 use super::landing::Landing;
 use super::pages::{Cache, CachedTokens, Pages};
 use crate::cuda::attention::{PagedInputs, PagedTables};
 use crate::cuda::paged::{CachedSegment, Cut, PAGE, PagedPlan, PagedQuery};
-use crate::cuda::rotary::{PageWrites, Rotary};
+use crate::cuda::rotary::Rotary;
 use crate::cuda::sampling::{self, Bounds, Drawn, NextRows, Records, Replies, Settings};
 use crate::cuda::{Buffer, CudaError, Device, Graph, IndexSlice, Indices, Result, Slice, SliceMut};
-use crate::model::device::{Attend, DeviceDecoder};
+use crate::model::device::{Attend, DeviceDecoder, Format};
 use crate::rollout::Draw;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -43,7 +44,7 @@ struct Reading {
 }
 
 impl Reading {
-    fn new<T: Kept>(decoder: &DeviceDecoder<T>, seats: &[Seat], rows: usize) -> Result<Self> {
+    fn new<T: Format>(decoder: &DeviceDecoder<T>, seats: &[Seat], rows: usize) -> Result<Self> {
         let (mut segments, mut page_table, mut numbers) = (Vec::new(), Vec::new(), BTreeMap::new());
         let mut paths = Vec::with_capacity(seats.len());
         for seat in seats {
@@ -75,7 +76,7 @@ impl Reading {
     }
 }
 
-fn planned<T: Kept>(
+fn planned<T: Format>(
     decoder: &DeviceDecoder<T>,
     segments: &[CachedSegment],
     queries: &[PagedQuery],
@@ -94,19 +95,19 @@ fn planned<T: Kept>(
     })
 }
 
-/// Rows that are one token each and see what is in pages.
-struct FromPages<'a, T> {
+/// Rows that are one token each and see what is in pages of the format `S`.
+struct FromPages<'a, T, S> {
     decoder: &'a DeviceDecoder<T>,
     tables: &'a PagedTables,
     page_table: &'a Buffer<u32>,
     slots: Slice<'a, i32>,
     lengths: Slice<'a, u32>,
-    cache: &'a mut Cache<T>,
+    cache: &'a mut Cache<S>,
     statistics: &'a mut Buffer<f32>,
     partials: &'a mut Buffer<f32>,
 }
 
-impl<T: Kept> Attend<T> for FromPages<'_, T> {
+impl<T: Format, S: PageFormat<T>> Attend<T> for FromPages<'_, T, S> {
     fn attend(
         &mut self,
         layer: usize,
@@ -116,17 +117,15 @@ impl<T: Kept> Attend<T> for FromPages<'_, T> {
         attended: &mut Buffer<T>,
     ) -> Result<()> {
         let pages = &mut self.cache.layers[layer];
-        let (keys, values) = (SliceMut::from(&mut pages.keys), SliceMut::from(&mut pages.values));
-        let writes = PageWrites { slots: self.slots, keys, values };
         // SAFETY: slots are those of pages that came from the cache's pool, at first and as the page table of the replies
         // has them.
-        unsafe { rotary.forward_into_pages(self.decoder.device(), before, qkv.into(), writes)? };
+        unsafe { S::turn_and_keep(self.decoder, rotary, before, qkv, self.slots, pages)? };
         let inputs = PagedInputs {
             queries: Slice::from(&*qkv),
             stride: self.decoder.config().qkv_width(),
             keys: Slice::from(&pages.keys),
             values: Slice::from(&pages.values),
-            scales: None,
+            scales: S::SCALED.then(|| (Slice::from(&pages.key_scales), Slice::from(&pages.value_scales))),
             page_table: self.page_table.into(),
             lengths: self.lengths,
         };
@@ -155,7 +154,7 @@ struct Step<T> {
     positions: usize,
 }
 
-impl<T: Kept> Step<T> {
+impl<T: Format> Step<T> {
     fn new(
         decoder: &DeviceDecoder<T>,
         seats: &[Seat],
@@ -257,10 +256,10 @@ impl Decoding {
     ///
     /// # Errors
     /// When the device has no room or has failed.
-    pub(super) fn record<T: Kept>(
+    pub(super) fn record<T: Format, S: PageFormat<T>>(
         &mut self,
         decoder: &DeviceDecoder<T>,
-        cache: &mut Cache<T>,
+        cache: &mut Cache<S>,
         seats: &[Seat],
     ) -> Result<Graph> {
         let rows = if self.padded { padded(seats.len()) } else { seats.len() };
@@ -286,10 +285,10 @@ impl Decoding {
         self.next.lengths.slice_mut(..rows)?.upload(&lengths)
     }
 
-    fn step<T: Kept>(
+    fn step<T: Format, S: PageFormat<T>>(
         &mut self,
         decoder: &DeviceDecoder<T>,
-        cache: &mut Cache<T>,
+        cache: &mut Cache<S>,
         angles: &Buffer<f32>,
         step: &mut Step<T>,
     ) -> Result<()> {
@@ -318,7 +317,7 @@ impl Decoding {
         self.draw_and_advance(device, config.vocab_size, step)
     }
 
-    fn draw_and_advance<T: Kept>(
+    fn draw_and_advance<T: Format>(
         &mut self,
         device: &Device,
         vocabulary: usize,

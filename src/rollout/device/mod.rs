@@ -10,6 +10,7 @@
 //! there are enough for any other, so all replies end.
 
 mod decode;
+mod format;
 mod landing;
 mod pages;
 mod prefill;
@@ -18,17 +19,55 @@ mod waiting;
 
 use super::Prompt;
 use super::engine::{Engine, Generation};
+use crate::config::CacheFormat;
 use crate::cuda::attention::Cached;
 use crate::cuda::paged::PAGE;
-use crate::model::ModelError;
 use crate::model::device::{DeviceDecoder, Format};
+use crate::model::{Dtype, ModelError};
+use format::PageFormat;
+use half::bf16;
 use pages::page_bytes;
 use run::Run;
 use waiting::Waiting;
 
-/// A number format whose keys and values are kept as they are.
-pub trait Kept: Format + Cached<Widened = Self> {}
-impl<T: Format + Cached<Widened = T>> Kept for T {}
+/// A number format of models for whose keys and values there are pages.
+pub trait Kept: Format + Cached<Widened = Self> {
+    /// As [`generate`], with keys and values in pages of eight bits.
+    ///
+    /// # Errors
+    /// As there; [`ModelError::CacheDtype`] when there are no kernels that read them.
+    fn generate_quantized(
+        engine: &Engine,
+        decoder: &DeviceDecoder<Self>,
+        prompts: &[Prompt],
+        samples: usize,
+        limits: Limits,
+    ) -> Result<Generation, ModelError>;
+}
+
+impl Kept for f32 {
+    fn generate_quantized(
+        _: &Engine,
+        _: &DeviceDecoder<Self>,
+        _: &[Prompt],
+        _: usize,
+        _: Limits,
+    ) -> Result<Generation, ModelError> {
+        Err(ModelError::CacheDtype { dtype: Dtype::F32.name() })
+    }
+}
+
+impl Kept for bf16 {
+    fn generate_quantized(
+        engine: &Engine,
+        decoder: &DeviceDecoder<Self>,
+        prompts: &[Prompt],
+        samples: usize,
+        limits: Limits,
+    ) -> Result<Generation, ModelError> {
+        generate_in::<Self, u8>(engine, decoder, prompts, samples, limits)
+    }
+}
 
 /// Bounds of the engine on a device. Where rows have the same bits in every batch, none of them changes a result.
 #[derive(Clone, Copy, Debug)]
@@ -68,8 +107,23 @@ impl Default for Limits {
 /// Samples replies on a device, as [`Engine::generate`] does. Prompts must fit the model's positions.
 ///
 /// # Errors
-/// When a token is outside the vocabulary, the device has no room for a single reply, or has failed.
+/// When a token is outside the vocabulary, the device has no room for a single reply, no kernels for the engine's format of
+/// keys and values, or has failed.
 pub fn generate<T: Kept>(
+    engine: &Engine,
+    decoder: &DeviceDecoder<T>,
+    prompts: &[Prompt],
+    samples: usize,
+    limits: Limits,
+) -> Result<Generation, ModelError> {
+    match engine.kv_cache {
+        CacheFormat::Model => generate_in::<T, T>(engine, decoder, prompts, samples, limits),
+        CacheFormat::Fp8 => T::generate_quantized(engine, decoder, prompts, samples, limits),
+    }
+}
+
+/// As [`generate`], with pages in the format `S`.
+fn generate_in<T: Format, S: PageFormat<T>>(
     engine: &Engine,
     decoder: &DeviceDecoder<T>,
     prompts: &[Prompt],
@@ -81,11 +135,11 @@ pub fn generate<T: Kept>(
     let replies = (prompts.len() * samples).min(limits.replies.saturating_add(samples));
     // The longest reply must fit beside its prompt.
     let (fewest, most) = (waiting.longest() + reply, waiting.pages() + reply * replies.max(1));
-    let page_bytes = page_bytes::<T>(decoder.config()).max(1);
+    let page_bytes = page_bytes::<T, S>(decoder.config()).max(1);
     let share = decoder.device().memory()?.free as f64 * limits.memory / page_bytes as f64;
     let mut pages = most.min(share as usize).min(limits.pages).max(fewest);
     loop {
-        let run = Run::new(engine, decoder, prompts, samples, limits, pages).and_then(Run::finish);
+        let run = Run::<T, S>::new(engine, decoder, prompts, samples, limits, pages).and_then(Run::finish);
         match run {
             // Nothing has left this function yet, so that starting again with less is no harm.
             Err(ModelError::Cuda(error)) if error.is_out_of_memory() && pages > fewest => {

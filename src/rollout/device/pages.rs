@@ -1,5 +1,6 @@
 //! Keys and values on the device, in pages of sixteen positions that return to their pool when nobody needs them.
 
+use super::format::PageFormat;
 use crate::cuda::paged::PAGE;
 use crate::cuda::{Buffer, CudaError, Result};
 use crate::model::DecoderConfig;
@@ -115,33 +116,46 @@ impl CachedTokens {
     }
 }
 
-/// Keys and values of one layer: pages of `[kv_heads, 16, head_dim]`.
+/// Keys and values of one layer in the format `S`: pages of `[kv_heads, 16, head_dim]`.
 #[derive(Debug)]
-pub(super) struct LayerPages<T> {
-    pub(super) keys: Buffer<T>,
-    pub(super) values: Buffer<T>,
+pub(super) struct LayerPages<S> {
+    pub(super) keys: Buffer<S>,
+    pub(super) values: Buffer<S>,
+    /// `[pages, kv_heads]`, or nothing where the format has no scales.
+    pub(super) key_scales: Buffer<f32>,
+    /// As those of the keys.
+    pub(super) value_scales: Buffer<f32>,
 }
 
 /// Keys and values of all layers.
 #[derive(Debug)]
-pub(super) struct Cache<T> {
-    pub(super) layers: Vec<LayerPages<T>>,
+pub(super) struct Cache<S> {
+    pub(super) layers: Vec<LayerPages<S>>,
     pub(super) pool: Rc<Pool>,
     segments: usize,
 }
 
-impl<T: Format> Cache<T> {
+impl<S> Cache<S> {
     /// A cache of so many pages.
     ///
     /// # Errors
     /// When the device has no room for it.
-    pub(super) fn new(decoder: &DeviceDecoder<T>, pages: usize) -> Result<Self> {
+    pub(super) fn new<T: Format>(decoder: &DeviceDecoder<T>, pages: usize) -> Result<Self>
+    where
+        S: PageFormat<T>,
+    {
         let (config, device) = (decoder.config(), decoder.device());
-        let allocate = || device.allocate("keys and values", pages.saturating_mul(page_elements(config)));
-        let layer = |_| Ok(LayerPages { keys: allocate()?, values: allocate()? });
+        let numbers = || device.allocate("keys and values", pages.saturating_mul(page_elements(config)));
+        let scales = || {
+            device.allocate("scales of keys and values", pages.saturating_mul(page_scales::<T, S>(config)))
+        };
+        let layer = |_| {
+            let (keys, values) = (numbers()?, numbers()?);
+            Ok(LayerPages { keys, values, key_scales: scales()?, value_scales: scales()? })
+        };
         Ok(Self {
             layers: (0..config.layers).map(layer).collect::<Result<_>>()?,
-            pool: Pool::new(pages, page_bytes::<T>(config)),
+            pool: Pool::new(pages, page_bytes::<T, S>(config)),
             segments: 0,
         })
     }
@@ -165,9 +179,14 @@ fn page_elements(config: &DecoderConfig) -> usize {
     config.kv_heads * PAGE * config.head_dim
 }
 
+fn page_scales<T: Format, S: PageFormat<T>>(config: &DecoderConfig) -> usize {
+    if S::SCALED { config.kv_heads } else { 0 }
+}
+
 /// Bytes of a page in all layers.
-pub(super) fn page_bytes<T>(config: &DecoderConfig) -> usize {
-    2 * config.layers * page_elements(config) * size_of::<T>()
+pub(super) fn page_bytes<T: Format, S: PageFormat<T>>(config: &DecoderConfig) -> usize {
+    let numbers = page_elements(config) * size_of::<S>();
+    2 * config.layers * (numbers + page_scales::<T, S>(config) * size_of::<f32>())
 }
 
 #[cfg(test)]

@@ -1,14 +1,14 @@
 //! Prompts through the model: their keys and values into pages, and the first token of each reply.
 
-use super::Kept;
+use super::format::PageFormat;
 use super::landing::Landing;
 use super::pages::{Cache, CachedTokens};
 use super::waiting::Portion;
 use crate::cuda::attention::{ForestInputs, ForestTables};
-use crate::cuda::rotary::{PageWrites, Rotary};
+use crate::cuda::rotary::Rotary;
 use crate::cuda::sampling::{self, Drawn, Replies, Settings};
 use crate::cuda::{self, Buffer, Indices, Slice, SliceMut};
-use crate::model::device::{Attend, Batch, DeviceDecoder};
+use crate::model::device::{Attend, Batch, DeviceDecoder, Format};
 use crate::model::{Forest, ModelError};
 use crate::rollout::Draw;
 use crate::rollout::engine::add_trunk;
@@ -30,16 +30,16 @@ fn forest(portions: &[Portion]) -> (Forest, Vec<usize>) {
     (forest, ends)
 }
 
-/// Rows of a forest that see each other and are kept in pages.
-struct IntoPages<'a, T> {
+/// Rows of a forest that see each other, as they are computed, and are kept in pages of the format `S`.
+struct IntoPages<'a, T, S> {
     decoder: &'a DeviceDecoder<T>,
     tables: &'a ForestTables,
     slots: &'a Buffer<i32>,
-    cache: &'a mut Cache<T>,
+    cache: &'a mut Cache<S>,
     log_sums: Buffer<f32>,
 }
 
-impl<T: Kept> Attend<T> for IntoPages<'_, T> {
+impl<T: Format, S: PageFormat<T>> Attend<T> for IntoPages<'_, T, S> {
     fn attend(
         &mut self,
         layer: usize,
@@ -48,11 +48,9 @@ impl<T: Kept> Attend<T> for IntoPages<'_, T> {
         qkv: &mut Buffer<T>,
         attended: &mut Buffer<T>,
     ) -> cuda::Result<()> {
-        let pages = &mut self.cache.layers[layer];
-        let (keys, values) = (SliceMut::from(&mut pages.keys), SliceMut::from(&mut pages.values));
-        let pages = PageWrites { slots: self.slots.into(), keys, values };
+        let (pages, slots) = (&mut self.cache.layers[layer], self.slots.into());
         // SAFETY: slots are those of pages that came from the cache's pool.
-        unsafe { rotary.forward_into_pages(self.decoder.device(), before, qkv.into(), pages)? };
+        unsafe { S::turn_and_keep(self.decoder, rotary, before, qkv, slots, pages)? };
         let inputs = ForestInputs { qkv: Slice::from(&*qkv), prefix: None };
         let (out, log_sums) = (&mut SliceMut::from(attended), &mut SliceMut::from(&mut self.log_sums));
         self.decoder.attention().forest(self.tables, &inputs, out, log_sums)
@@ -71,9 +69,9 @@ pub(super) struct Prefilled {
 ///
 /// # Errors
 /// When a token is outside the vocabulary, there is no room, or the device has failed.
-pub(super) fn prefill<T: Kept>(
+pub(super) fn prefill<T: Format, S: PageFormat<T>>(
     decoder: &DeviceDecoder<T>,
-    cache: &mut Cache<T>,
+    cache: &mut Cache<S>,
     portions: &[Portion],
     settings: &Settings,
     keys: &[u64],
@@ -94,9 +92,9 @@ pub(super) fn prefill<T: Kept>(
 }
 
 /// The residual stream behind the last layer.
-fn residual<T: Kept>(
+fn residual<T: Format, S: PageFormat<T>>(
     decoder: &DeviceDecoder<T>,
-    cache: &mut Cache<T>,
+    cache: &mut Cache<S>,
     batch: &Batch,
     segments: &[Rc<CachedTokens>],
 ) -> cuda::Result<Buffer<f32>> {
@@ -117,7 +115,7 @@ fn residual<T: Kept>(
 }
 
 /// Draws the first tokens of all replies to the prompts whose last tokens are at `places`, some prompts at a time.
-fn first_tokens<T: Kept>(
+fn first_tokens<T: Format>(
     decoder: &DeviceDecoder<T>,
     x: &Buffer<f32>,
     places: &[u32],
@@ -138,7 +136,7 @@ fn first_tokens<T: Kept>(
 }
 
 /// Draws `samples` tokens from each row of logits.
-fn draw_from<T: Kept>(
+fn draw_from<T: Format>(
     decoder: &DeviceDecoder<T>,
     logits: &Buffer<f32>,
     samples: usize,

@@ -1,14 +1,15 @@
 //! From prompts to replies: who enters, who gets pages, who leaves.
 
 use super::decode::{Decoding, Seat};
+use super::format::PageFormat;
 use super::pages::{Cache, CachedTokens, Pages};
 use super::waiting::{Counted, Portion, Waiting};
-use super::{Kept, Limits, prefill, reply_pages};
+use super::{Limits, prefill, reply_pages};
 use crate::cuda::paged::PAGE;
 use crate::cuda::sampling::Settings;
 use crate::cuda::{self, Graph};
 use crate::model::ModelError;
-use crate::model::device::DeviceDecoder;
+use crate::model::device::{DeviceDecoder, Format};
 use crate::rollout::engine::{Engine, Generation, Growing};
 use crate::rollout::{Prompt, Rollout, Sampling};
 use std::rc::Rc;
@@ -34,8 +35,8 @@ impl Live {
     }
 }
 
-/// The replies to some prompts under way.
-pub(super) struct Run<'a, T> {
+/// The replies to some prompts under way, with keys and values in the format `S`.
+pub(super) struct Run<'a, T, S> {
     engine: &'a Engine<'a>,
     decoder: &'a DeviceDecoder<T>,
     prompts: &'a [Prompt],
@@ -45,14 +46,14 @@ pub(super) struct Run<'a, T> {
     capacity: usize,
     settings: Settings,
     decoding: Decoding,
-    cache: Cache<T>,
+    cache: Cache<S>,
     waiting: Waiting<'a>,
     live: Vec<Live>,
     done: Vec<Vec<Option<Rollout>>>,
     seconds: (f64, f64),
 }
 
-impl<'a, T: Kept> Run<'a, T> {
+impl<'a, T: Format, S: PageFormat<T>> Run<'a, T, S> {
     /// With a cache of so many pages, which are enough for any prompt with one reply.
     ///
     /// # Errors
