@@ -1,6 +1,6 @@
 //! Matrix products against sums in double precision, and what the own kernel promises about bits.
 
-use super::cuda_emulator::{device, emulated_device};
+use super::cuda_emulator::{device, emulated_device, in_child};
 use half::bf16;
 use rpt::cuda::gemm::{Element, Sum};
 use rpt::cuda::{CudaError, Device, Gemm, Matrix, MatrixMut};
@@ -183,10 +183,20 @@ fn the_vendors_library_agrees() {
 
 #[test]
 fn without_the_vendors_library_the_own_kernel_is_offered() {
-    let Some(device) = emulated_device() else { return };
-    if let Err(error) = Gemm::new(&device, false) {
-        assert!(matches!(error, CudaError::NoBlas) && error.hint().unwrap().contains("batch_invariant"));
+    if emulated_device().is_none() {
+        return;
     }
+    let output = in_child("products::there_is_no_vendors_library", &[("RPT_EMULATED_NO_BLAS", "1")]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("no cuBLASLt") && said.contains("batch_invariant"), "{said}");
+}
+
+#[test]
+#[ignore = "run by another, with a variable"]
+fn there_is_no_vendors_library() {
+    let error = Gemm::new(&device(), false).unwrap_err();
+    assert!(matches!(error, CudaError::NoBlas));
+    println!("{error}; {}", error.hint().unwrap());
 }
 
 /// The first rows of a product, of any number of rows: large ones have other tiles than small ones.

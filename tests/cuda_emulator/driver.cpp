@@ -4,6 +4,7 @@
 // Read from the environment when it is first asked:
 //   RPT_EMULATED_NO_DEVICE       any value: there is no device
 //   RPT_EMULATED_DRIVER_VERSION  the version it claims, 13000
+#include "driver.h"
 #include "memory.h"
 #include "runtime.h"
 
@@ -453,6 +454,14 @@ EXPORTED CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute att
     }
     reinterpret_cast<Function*>(handle)->dynamic_limit = value;
     return CUDA_SUCCESS;
+}
+
+VISIBLE CUresult emulated_perform(CUstream on, std::function<CUresult()> work) {
+    NEEDS_STREAM(on);
+    return perform(*stream, [work = std::move(work)] {
+        const CUresult result = work();
+        return result != CUDA_SUCCESS || memory::all_intact() ? result : CUDA_ERROR_ILLEGAL_ADDRESS;
+    });
 }
 
 EXPORTED CUresult cuLaunchKernel(CUfunction handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,

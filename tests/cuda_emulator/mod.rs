@@ -119,26 +119,29 @@ pub fn lend(command: &mut Command) {
     if driver().is_none() {
         return;
     }
-    let (driver, kernels) = libraries();
+    let (driver, others) = libraries();
     let paths: Vec<String> =
-        std::iter::once(driver).chain(kernels).map(|path| path.display().to_string()).collect();
+        std::iter::once(driver).chain(others).map(|path| path.display().to_string()).collect();
     command.env("LD_PRELOAD", paths.join(":"));
 }
 
-/// The emulated driver and the kernels, compiled.
+/// The emulated driver; the kernels and, unless `RPT_EMULATED_NO_BLAS` is set, the library of products.
 fn libraries() -> (PathBuf, Vec<PathBuf>) {
     let emulator = Emulator::new();
     let driver = emulator.driver();
-    let kernels = emulator.kernels(&driver);
-    (driver, kernels)
+    let mut others = emulator.kernels(&driver);
+    if env::var_os("RPT_EMULATED_NO_BLAS").is_none() {
+        others.push(emulator.blas(&driver));
+    }
+    (driver, others)
 }
 
 fn load() -> Library {
-    let (driver, kernels) = libraries();
-    // SAFETY: our own code; the first is found under its name by whoever asks for libcuda.so afterwards.
+    let (driver, others) = libraries();
+    // SAFETY: our own code; it is found under its name by whoever asks for libcuda.so afterwards.
     let library = unsafe { Library::new(&driver) }.unwrap();
-    for path in kernels {
-        // SAFETY: our own code, which registers its kernels with the driver. Never unloaded.
+    for path in others {
+        // SAFETY: our own code, which registers its kernels with the driver or is found as libcublasLt.so. Never unloaded.
         std::mem::forget(unsafe { Library::new(path) }.unwrap());
     }
     library
@@ -173,6 +176,14 @@ impl Emulator {
         self.once("libcuda", &sources, |command| {
             command.args(&sources).args(["-isystem", env!("RPT_CUDA_INCLUDE")]);
             command.args(["-Wl,-soname,libcuda.so", "-Wl,-z,defs"]);
+        })
+    }
+
+    fn blas(&self, driver: &Path) -> PathBuf {
+        let source = own_folder().join("cublaslt.cpp");
+        self.once("libcublasLt", &[source.clone(), driver.to_owned()], |command| {
+            command.arg(&source).args(["-isystem", env!("RPT_CUDA_INCLUDE"), "-Wl,-soname,libcublasLt.so"]);
+            command.arg("-Wl,--no-as-needed").arg(driver).arg("-Wl,-z,defs");
         })
     }
 
