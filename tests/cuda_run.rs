@@ -80,6 +80,25 @@ fn a_run_on_a_device_is_exact_and_goes_on_where_it_stopped() {
 }
 
 #[test]
+fn the_fast_mode_measures_its_gap_and_stops_where_that_is_too_large() {
+    let place = Workplace::new("cuda-fast");
+    let fast = ["model.batch_invariant=false", "model.dtype=bf16", "train.importance_cap=2.0"];
+    succeeded(&on_device(&place, "train", "fast", &fast));
+    let run = place.path("fast");
+    let gaps = metrics(&run).into_iter().filter_map(|line| line.get("logprob_gap/mean")?.as_f64());
+    let gaps: Vec<f64> = gaps.collect();
+    assert!(
+        !gaps.is_empty() && gaps.iter().all(|gap| *gap < 0.02) && gaps.iter().any(|gap| *gap > 0.0),
+        "{gaps:?}"
+    );
+    let strict = [fast.as_slice(), &["train.max_logprob_gap=0"]].concat();
+    let output = on_device(&place, "train", "strict", &strict);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.contains("train.max_logprob_gap is 0"), "{said}");
+    assert!(said.contains("hint: set model.batch_invariant = true"), "{said}");
+}
+
+#[test]
 fn a_model_says_the_same_on_a_device_as_on_the_cpu() {
     let place = Workplace::new("cuda-commands");
     succeeded(&on_device(&place, "run", "run", &["train.steps=1"]));

@@ -1,7 +1,7 @@
 //! Scores and gradients of whole models.
 
-use crate::support::{VOCABULARY, decoder, difference, forest, settings};
-use rpt::model::device::{DeviceDecoder, DeviceTape, Format, OnDevice};
+use crate::support::{VOCABULARY, decoder, difference, fast_settings, forest, settings};
+use rpt::model::device::{DeviceDecoder, DeviceSettings, DeviceTape, Format, OnDevice};
 use rpt::model::{Decoder, Dtype, Forest, Tape, Targets, TokenGradient, TokenScore, Workspace};
 
 const INVERSE_TEMPERATURE: f32 = 1.25;
@@ -65,7 +65,16 @@ fn by_device<T: Format>(
 }
 
 fn on_device(decoder: &Decoder, forest: &Forest, recompute: bool) -> (Vec<TokenScore>, Vec<f32>) {
-    match OnDevice::new(&settings(), decoder).unwrap() {
+    with(&settings(), decoder, forest, recompute)
+}
+
+fn with(
+    settings: &DeviceSettings,
+    decoder: &Decoder,
+    forest: &Forest,
+    recompute: bool,
+) -> (Vec<TokenScore>, Vec<f32>) {
+    match OnDevice::new(settings, decoder).unwrap() {
         OnDevice::F32(there) => by_device(&there, forest, recompute),
         OnDevice::Bf16(there) => by_device(&there, forest, recompute),
     }
@@ -77,23 +86,35 @@ fn scores_and_gradients_are_those_of_the_cpu() {
         [(0, Dtype::F32, 2e-5), (1, Dtype::F32, 2e-5), (2, Dtype::F32, 2e-5), (1, Dtype::Bf16, 5e-2)]
     {
         let (decoder, forest) = (decoder(family, dtype), forest(family as u64));
-        let (expected, expected_gradients) = by_cpu(&decoder, &forest);
-        let (scores, gradients) = on_device(&decoder, &forest, false);
-        for (score, expected) in scores.iter().zip(&expected) {
-            let differences = [
-                score.logprob - expected.logprob,
-                score.policy_logprob - expected.policy_logprob,
-                score.entropy - expected.entropy,
-            ];
-            for difference in differences {
-                assert!(difference.abs() < 5.0 * tolerance, "{dtype:?} {score:?} {expected:?}");
-            }
+        let expected = by_cpu(&decoder, &forest);
+        for settings in [settings(), fast_settings()] {
+            let found = with(&settings, &decoder, &forest, false);
+            assert_close(&decoder, &found, &expected, tolerance);
+            assert_eq!(with(&settings, &decoder, &forest, false), found, "again");
         }
-        for parameter in decoder.layout().parameters() {
-            let range = parameter.range.clone();
-            let apart = difference(&gradients[range.clone()], &expected_gradients[range]);
-            assert!(apart < tolerance, "family {family} {dtype:?} {}: {apart}", parameter.name);
+    }
+}
+
+fn assert_close(
+    decoder: &Decoder,
+    (scores, gradients): &(Vec<TokenScore>, Vec<f32>),
+    (expected, expected_gradients): &(Vec<TokenScore>, Vec<f32>),
+    tolerance: f32,
+) {
+    for (score, expected) in scores.iter().zip(expected) {
+        let differences = [
+            score.logprob - expected.logprob,
+            score.policy_logprob - expected.policy_logprob,
+            score.entropy - expected.entropy,
+        ];
+        for difference in differences {
+            assert!(difference.abs() < 5.0 * tolerance, "{score:?} {expected:?}");
         }
+    }
+    for parameter in decoder.layout().parameters() {
+        let range = parameter.range.clone();
+        let apart = difference(&gradients[range.clone()], &expected_gradients[range]);
+        assert!(apart < tolerance, "{}: {apart}", parameter.name);
     }
 }
 

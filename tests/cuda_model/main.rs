@@ -5,7 +5,9 @@
 
 mod decoder;
 mod engine;
+mod fast;
 mod golden;
+mod quantized;
 mod scoring;
 mod support;
 mod trainer;

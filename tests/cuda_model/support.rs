@@ -14,6 +14,11 @@ pub(crate) fn settings() -> DeviceSettings {
     DeviceSettings { device: cuda_emulator::device(), batch_invariant: true }
 }
 
+/// The same with the vendor's products.
+pub(crate) fn fast_settings() -> DeviceSettings {
+    DeviceSettings { batch_invariant: false, ..settings() }
+}
+
 /// Two layers of one of three families: Qwen2 (biases, tied), Qwen3 (q/k norm), Llama with biases on its output too.
 pub(crate) fn decoder(family: usize, dtype: Dtype) -> Decoder {
     let shape = serde_json::json!({
