@@ -2,7 +2,7 @@
 
 use super::materials::check_lengths;
 use super::remote::{Commits, Scope, localize};
-use crate::config::{Loaded, Pipeline, PolicyRecipe};
+use crate::config::{CacheFormat, Loaded, Pipeline, PolicyRecipe};
 use crate::error::Error;
 use crate::model::{DecoderConfig, DeviceName, Layout};
 use crate::report::Log;
@@ -101,13 +101,17 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
     let state = 4 * count + 2 * count * optimizer.moments.bytes() as u64;
     let (here, there) = if optimizer.offload { (state, 0) } else { (0, state) };
     let tape = tokens * config.device_tape_bytes(dtype.bytes()) as u64;
+    let cached = match pipeline.rollout.kv_cache {
+        CacheFormat::Model => dtype.bytes(),
+        CacheFormat::Fp8 => 1,
+    };
     vec![
         held("weights", weights, weights),
         held("gradients", 0, 4 * count),
         held("parameters and moments", here, there),
         held("activations of a micro-batch", 0, tape),
         held("activations, if layers are computed again", 0, inputs),
-        held("keys and values of 1,000 tokens", 0, 1000 * config.cached_bytes(dtype.bytes()) as u64),
+        held("keys and values of 1,000 tokens", 0, 1000 * config.cached_bytes(cached) as u64),
     ]
 }
 

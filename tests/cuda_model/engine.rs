@@ -2,7 +2,7 @@
 
 use crate::cuda_emulator::{emulated_device, fail_launch, in_child};
 use crate::support::{VOCABULARY, decoder, settings};
-use rpt::config::LossMean;
+use rpt::config::{CacheFormat, LossMean};
 use rpt::model::device::{DeviceDecoder, Format, OnDevice};
 use rpt::model::{Decoder, Dtype, ModelError, Targets, TokenScore};
 use rpt::random::Stream;
@@ -12,16 +12,16 @@ use rpt::tokenize::{Tokenizer, train_byte_level_bpe};
 use rpt::train::{Component, MicroBatch, ScoredGroup, policy_batches};
 use std::sync::Arc;
 
-const WARM: Sampling = Sampling { temperature: 1.0, ..Sampling::GREEDY };
-const SAMPLES: usize = 3;
-const MAX_NEW_TOKENS: usize = 21;
+pub(crate) const WARM: Sampling = Sampling { temperature: 1.0, ..Sampling::GREEDY };
+pub(crate) const SAMPLES: usize = 3;
+pub(crate) const MAX_NEW_TOKENS: usize = 21;
 
-fn tokenizer() -> Tokenizer {
+pub(crate) fn tokenizer() -> Tokenizer {
     train_byte_level_bpe(["a few words for a few pairs".to_owned()].into_iter(), 260).unwrap()
 }
 
 /// Prompts of several trunks, some of which have the same length, with and without a footer.
-fn prompts(seed: u64) -> Vec<Prompt> {
+pub(crate) fn prompts(seed: u64) -> Vec<Prompt> {
     let stream = Stream::new(seed, "device prompts");
     let mut n = 0;
     let mut draw = |bound: usize| {
@@ -49,13 +49,13 @@ fn prompts(seed: u64) -> Vec<Prompt> {
     prompts
 }
 
-fn engine<'a>(decoder: &'a Decoder, tokenizer: &'a Tokenizer, sampling: Sampling) -> Engine<'a> {
+pub(crate) fn engine<'a>(decoder: &'a Decoder, tokenizer: &'a Tokenizer, sampling: Sampling) -> Engine<'a> {
     let stop = StopRule { eos: vec![3, 77], strings: &[], tokenizer, max_new_tokens: MAX_NEW_TOKENS };
-    Engine { decoder, sampling, stop, seed: 5, policy_version: 2 }
+    Engine { decoder, sampling, stop, seed: 5, policy_version: 2, kv_cache: CacheFormat::Model }
 }
 
 /// What an engine samples on the device within some limits.
-fn sampled(
+pub(crate) fn sampled(
     engine: &Engine,
     there: &OnDevice,
     prompts: &[Prompt],
@@ -67,7 +67,7 @@ fn sampled(
     }
 }
 
-fn there(decoder: &Decoder) -> OnDevice {
+pub(crate) fn there(decoder: &Decoder) -> OnDevice {
     OnDevice::new(&settings(), decoder).unwrap()
 }
 
@@ -116,11 +116,16 @@ fn replies_are_those_of_the_cpu() {
 
 /// Whether some limits give what the usual ones give.
 fn assert_limits_change_nothing(family: usize, dtype: Dtype, others: [Limits; 2]) {
-    let (tokenizer, decoder, prompts) = (tokenizer(), decoder(family, dtype), prompts(7));
-    let (engine, there) = (engine(&decoder, &tokenizer, WARM), there(&decoder));
-    let all = sampled(&engine, &there, &prompts, Limits::default()).unwrap();
+    let (tokenizer, decoder) = (tokenizer(), decoder(family, dtype));
+    assert_same_within(&engine(&decoder, &tokenizer, WARM), others);
+}
+
+/// As [`assert_limits_change_nothing`], of an engine.
+pub(crate) fn assert_same_within(engine: &Engine, others: [Limits; 2]) {
+    let (prompts, there) = (prompts(7), there(engine.decoder));
+    let all = sampled(engine, &there, &prompts, Limits::default()).unwrap();
     for limits in others {
-        let some = sampled(&engine, &there, &prompts, limits).unwrap();
+        let some = sampled(engine, &there, &prompts, limits).unwrap();
         assert_eq!(some.groups, all.groups, "{limits:?}");
         assert_eq!(work(&some), work(&all), "{limits:?}");
     }
@@ -162,18 +167,21 @@ fn recorded_log_probabilities_have_the_bits_of_scores() {
         let (engine, there) = (engine(&decoder, &tokenizer, sampling), there(&decoder));
         let limits = Limits { pages: 20, room: 6, ..Limits::default() };
         let groups = sampled(&engine, &there, &prompts, limits).unwrap().groups;
-        let scored = prompts.iter().zip(&groups).map(|(prompt, rollouts)| ScoredGroup {
-            prompt,
-            rollouts,
-            advantages: vec![1.0; SAMPLES],
-        });
-        let mut scored: Vec<ScoredGroup> = scored.collect();
+        let mut scored = scored(&prompts, &groups);
         check_bits(&there, &scored, sampling);
         // As groups without variance are dropped: one that ends within its trunk, and one at its end.
         scored.remove(5);
         scored.remove(0);
         check_bits(&there, &scored, sampling);
     }
+}
+
+/// Replies with an advantage.
+pub(crate) fn scored<'a>(prompts: &'a [Prompt], groups: &'a [Vec<Rollout>]) -> Vec<ScoredGroup<'a>> {
+    let groups = prompts.iter().zip(groups);
+    groups
+        .map(|(prompt, rollouts)| ScoredGroup { prompt, rollouts, advantages: vec![1.0; SAMPLES] })
+        .collect()
 }
 
 /// The trainer finds the log-probabilities that the engine recorded.

@@ -5,6 +5,13 @@
 //! tokens some steps later and looks for ends. What was drawn behind an end is cut off, so that the lag changes nothing.
 //! Between rounds ended replies leave, and prompts enter for which there is memory.
 //!
+//! Pages hold keys and values as they were computed, or rounded to eight bits. The tokens of a prompt see each other before
+//! they are rounded, and each token of a reply is rounded when it comes: so the same is read however the work is divided.
+//!
+//! Prompts are not computed inside the steps of a round. That would save readings of the weights for as many steps as the
+//! prompts' computation lasts, which is little where thousands of sampled tokens follow a prompt that many replies share; but
+//! steps would have other rows each time, and neither one graph nor one algorithm for each product.
+//!
 //! Every reply may become as long as the limit allows, but few do: they get pages as they grow. Whoever cannot get any
 //! pauses. There are always enough free for the reply that holds most of them to become as long as it may; when it ends
 //! there are enough for any other, so all replies end.

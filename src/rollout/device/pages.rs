@@ -193,6 +193,21 @@ pub(super) fn page_bytes<T: Format, S: PageFormat<T>>(config: &DecoderConfig) ->
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::config::ScratchModel;
+    use half::bf16;
+
+    #[test]
+    fn pages_of_eight_bits_take_half_of_those_of_sixteen_and_their_scales() {
+        let shape = serde_json::json!({
+            "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        });
+        let scratch: ScratchModel = serde_json::from_value(shape).unwrap();
+        let config = DecoderConfig::from_scratch(&scratch, 10);
+        let (narrow, wide) = (page_bytes::<bf16, u8>(&config), page_bytes::<bf16, bf16>(&config));
+        assert_eq!(wide, 3 * 2 * 2 * 16 * 16 * 2);
+        assert_eq!(narrow, wide / 2 + 3 * 2 * 2 * 4);
+    }
 
     #[test]
     fn pages_come_back_when_the_last_that_continues_them_goes() {
