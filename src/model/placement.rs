@@ -146,7 +146,7 @@ impl Decoder {
         if let Some(there) = self.placement.there.get() {
             return Ok(Some(there));
         }
-        let copy = self.copied_to(settings)?;
+        let copy = copied_to(self, settings)?;
         Ok(Some(self.placement.there.get_or_init(|| Arc::new(copy))))
     }
 
@@ -156,10 +156,11 @@ impl Decoder {
     /// As [`Decoder::on_device`].
     pub fn on_device_mut(&mut self) -> Result<Option<&mut OnDevice>, ModelError> {
         let Some(settings) = &self.placement.settings else { return Ok(None) };
-        let unshared = self.placement.there.take().and_then(Arc::into_inner);
-        let there = match unshared {
-            Some(there) => there,
-            None => self.copied_to(settings)?,
+        let there = match self.placement.there.take().map(Arc::try_unwrap) {
+            None => copied_to(self, settings)?,
+            Some(Ok(there)) => there,
+            // Not from the weights here: those there may have been trained since.
+            Some(Err(shared)) => duplicate(&shared)?,
         };
         self.placement.there = OnceLock::from(Arc::new(there));
         Ok(self.placement.there.get_mut().and_then(Arc::get_mut))
@@ -173,16 +174,29 @@ impl Decoder {
         let Some(there) = self.placement.there.get().cloned() else { return Ok(()) };
         on_device!(&*there, there => Ok(there.download(self)?))
     }
+}
 
-    #[cfg(feature = "cuda")]
-    fn copied_to(&self, settings: &DeviceSettings) -> Result<OnDevice, ModelError> {
-        OnDevice::new(settings, self)
-    }
+#[cfg(feature = "cuda")]
+fn copied_to(decoder: &Decoder, settings: &DeviceSettings) -> Result<OnDevice, ModelError> {
+    OnDevice::new(settings, decoder)
+}
 
-    #[cfg(not(feature = "cuda"))]
-    fn copied_to(&self, settings: &DeviceSettings) -> Result<OnDevice, ModelError> {
-        match *settings {}
-    }
+#[cfg(not(feature = "cuda"))]
+fn copied_to(_: &Decoder, settings: &DeviceSettings) -> Result<OnDevice, ModelError> {
+    match *settings {}
+}
+
+#[cfg(feature = "cuda")]
+fn duplicate(there: &OnDevice) -> Result<OnDevice, ModelError> {
+    Ok(match there {
+        OnDevice::F32(there) => OnDevice::F32(there.duplicate()?),
+        OnDevice::Bf16(there) => OnDevice::Bf16(there.duplicate()?),
+    })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn duplicate(there: &OnDevice) -> Result<OnDevice, ModelError> {
+    match *there {}
 }
 
 #[cfg(test)]

@@ -179,6 +179,16 @@ fn whoever_shares_a_decoder_keeps_its_weights() {
     start.on_device().unwrap();
     let mut trainer = Trainer::new(start.clone(), &config(), 10).unwrap();
     update(&mut trainer, None).unwrap();
+    // Neither the one that it started from changes, nor one that was taken on the way.
+    let mut between = trainer.decoder().clone();
+    update(&mut trainer, None).unwrap();
+    let once = {
+        let mut trainer = Trainer::new(start.clone(), &config(), 10).unwrap();
+        update(&mut trainer, None).unwrap();
+        trainer.into_decoder().unwrap().fingerprint()
+    };
+    between.bring_back().unwrap();
+    assert_eq!(between.fingerprint(), once);
     let mut again = start.clone();
     again.bring_back().unwrap();
     assert_eq!(again.fingerprint(), start.fingerprint());

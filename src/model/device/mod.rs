@@ -14,7 +14,7 @@ pub use forward::{Attend, Batch, DeviceTape, Work};
 use super::layout::Layout;
 use super::{Decoder, DecoderConfig, Dtype, ModelError};
 use crate::cuda::attention::Attention;
-use crate::cuda::{Buffer, Device, Element, Gemm, Result, Slice};
+use crate::cuda::{Buffer, Device, Element, Gemm, Result, Slice, SliceMut};
 use crate::kernels::rotary::RotaryTable;
 use half::bf16;
 use std::ops::Range;
@@ -119,20 +119,40 @@ impl<T: Format> DeviceDecoder<T> {
 
     /// With weights that are still to come.
     fn empty(settings: &DeviceSettings, decoder: &Decoder) -> Result<Self> {
+        let Decoder { config, layout, rotary, .. } = decoder;
+        Self::of_shape(settings, config.clone(), layout.clone(), rotary.clone())
+    }
+
+    fn of_shape(
+        settings: &DeviceSettings,
+        config: DecoderConfig,
+        layout: Layout,
+        rotary: RotaryTable,
+    ) -> Result<Self> {
         let DeviceSettings { device, batch_invariant } = settings;
-        let (config, layout) = (decoder.config.clone(), decoder.layout.clone());
-        let weights = device.allocate("the weights", layout.len())?;
         Ok(Self {
+            weights: device.allocate("the weights", layout.len())?,
             angles: Mutex::new(Arc::new(device.allocate("angles", 0)?)),
             gemm: Gemm::new(device, *batch_invariant)?,
             attention: Attention::new(device, config.geometry(), *batch_invariant)?,
-            rotary: decoder.rotary.clone(),
             batch_invariant: *batch_invariant,
             device: device.clone(),
-            weights,
+            rotary,
             config,
             layout,
         })
+    }
+
+    /// Another with the same weights.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn duplicate(&self) -> Result<Self> {
+        let settings = DeviceSettings { device: self.device.clone(), batch_invariant: self.batch_invariant };
+        let (config, layout) = (self.config.clone(), self.layout.clone());
+        let mut other = Self::of_shape(&settings, config, layout, self.rotary.clone())?;
+        SliceMut::from(&mut other.weights).copy_from(&self.weights)?;
+        Ok(other)
     }
 
     /// The device.
