@@ -189,7 +189,7 @@ impl fmt::Display for Plan {
 fn binary(bytes: u64) -> String {
     match bytes {
         0 => "-".into(),
-        ..0x4000_0000 => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
+        1..0x4000_0000 => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
         _ => format!("{:.1} GiB", bytes as f64 / 1_073_741_824.0),
     }
 }

@@ -44,7 +44,9 @@ impl Prompt {
         for family in prompts.chunk_by_mut(|a, b| Arc::ptr_eq(&a.trunk, &b.trunk)) {
             let lengths: BTreeSet<usize> = family.iter().map(|prompt| prompt.length).collect();
             let cuts: Arc<[usize]> = lengths.into_iter().collect();
-            family.iter_mut().for_each(|prompt| prompt.cuts = Arc::clone(&cuts));
+            for prompt in family {
+                prompt.cuts = Arc::clone(&cuts);
+            }
         }
     }
 

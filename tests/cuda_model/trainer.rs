@@ -74,7 +74,7 @@ fn updates_are_those_of_the_cpu() {
             ];
             for (found, expected) in pairs {
                 let apart = (found - expected).abs();
-                assert!(apart <= f64::from(tolerance) * expected.abs().max(0.1), "{found} is not {expected}");
+                assert!(apart <= tolerance * expected.abs().max(0.1), "{found} is not {expected}");
             }
             assert_eq!(found.totals.policy_tokens, expected.totals.policy_tokens);
             assert_eq!(found.totals.likelihood_tokens, expected.totals.likelihood_tokens);
@@ -89,7 +89,7 @@ fn updates_are_those_of_the_cpu() {
         let (here, there) = (moved(&here), moved(&there));
         let apart = here.iter().zip(&there).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>();
         let all = here.iter().map(|a| f64::from(a.abs())).sum::<f64>();
-        assert!(apart < f64::from(tolerance) * all, "{family} {dtype:?}: {apart} of {all}");
+        assert!(apart < tolerance * all, "{family} {dtype:?}: {apart} of {all}");
     }
 }
 
