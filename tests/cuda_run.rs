@@ -84,13 +84,16 @@ fn the_fast_mode_measures_its_gap_and_stops_where_that_is_too_large() {
     let place = Workplace::new("cuda-fast");
     let fast = ["model.batch_invariant=false", "model.dtype=bf16", "train.importance_cap=2.0"];
     succeeded(&on_device(&place, "train", "fast", &fast));
-    let run = place.path("fast");
-    let gaps = metrics(&run).into_iter().filter_map(|line| line.get("logprob_gap/mean")?.as_f64());
-    let gaps: Vec<f64> = gaps.collect();
-    assert!(
-        !gaps.is_empty() && gaps.iter().all(|gap| *gap < 0.02) && gaps.iter().any(|gap| *gap > 0.0),
-        "{gaps:?}"
-    );
+    let gaps = |run: &str| -> Vec<f64> {
+        let lines = metrics(&place.path(run)).into_iter();
+        lines.filter_map(|line| line.get("logprob_gap/mean")?.as_f64()).collect()
+    };
+    let narrow = [fast.as_slice(), &["rollout.kv_cache=fp8"]].concat();
+    succeeded(&on_device(&place, "train", "narrow", &narrow));
+    let largest = |gaps: &[f64]| gaps.iter().copied().fold(0.0, f64::max);
+    let (gaps, narrow) = (gaps("fast"), gaps("narrow"));
+    assert!(largest(&gaps) > 0.0 && largest(&gaps) < 0.02, "{gaps:?}");
+    assert!(largest(&narrow) > largest(&gaps) && largest(&narrow) < 0.2, "{narrow:?} {gaps:?}");
     let strict = [fast.as_slice(), &["train.max_logprob_gap=0"]].concat();
     let output = on_device(&place, "train", "strict", &strict);
     let said = String::from_utf8(output.stderr).unwrap();

@@ -122,7 +122,7 @@ impl PipelineError {
             }
             Self::LogprobGap { .. } => {
                 "set model.batch_invariant = true, which takes the difference away, or train.importance_cap = 2.0, which \
-                 corrects for it, with a higher limit"
+                 corrects for it, with a higher limit; rollout.kv_cache = \"fp8\" adds to it"
                     .into()
             }
             Self::Missing { hint, .. } => hint.clone(),

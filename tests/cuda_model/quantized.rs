@@ -4,7 +4,7 @@
 use crate::engine::{
     MAX_NEW_TOKENS, SAMPLES, WARM, assert_same_within, engine, prompts, sampled, scored, there, tokenizer,
 };
-use crate::support::{decoder, settings};
+use crate::support::{decoder, fast_settings, settings};
 use rpt::config::{CacheFormat, LossMean, OptimizerConfig, TrainConfig};
 use rpt::model::{Decoder, Dtype, ModelError};
 use rpt::rollout::device::Limits;
@@ -77,6 +77,14 @@ fn neither_rows_nor_lag_nor_memory_change_a_bit() {
     let little_memory = Limits { pages: 0, replies: 5, room: 1, lag: 1, padded: false, ..usual };
     let pauses = Limits { pages: 14, room: 3, lag: 9, ..usual };
     assert_same_within(&quantized(&decoder, &tokenizer), [little_memory, pauses]);
+}
+
+#[test]
+fn the_fast_mode_repeats_bit_for_bit() {
+    let (tokenizer, decoder) = (tokenizer(), decoder(1, Dtype::Bf16).on(Some(&fast_settings())));
+    let engine = quantized(&decoder, &tokenizer);
+    let groups = || engine.generate(&prompts(3), SAMPLES).unwrap().groups;
+    assert_eq!(groups(), groups());
 }
 
 #[test]
