@@ -1,14 +1,15 @@
 //! The trainer on the CPU: micro-batches are dealt to gradient buffers that are summed in order.
 
 use super::batch::MicroBatch;
-use super::objective::{Objective, Totals, rows_and_tokens};
+use super::objective::{Objective, Totals};
 use super::optimizer::{Optimizer, OptimizerError, ParameterGroup, StepStats};
+use super::step::Step;
 use super::trainer::{TrainError, TrainerState, UpdateStats, UpdateTimes};
 use crate::config::OptimizerConfig;
 use crate::kernels::elementary::add;
 use crate::model::{
-    Carried, Decoder, KvCache, ModelError, NodeId, Part, PrefixGradients, Schedule, Tape, Targets,
-    TokenScore, Workspace,
+    Carried, Decoder, KvCache, ModelError, NodeId, PrefixGradients, Schedule, Tape, Targets, TokenScore,
+    Workspace,
 };
 use crate::time::Time;
 use rayon::prelude::*;
@@ -58,19 +59,6 @@ struct Side {
     prefix_rows: usize,
     /// The segments of the part that is computed now.
     part: Vec<NodeId>,
-}
-
-/// Segments of a micro-batch that are computed together.
-struct Step {
-    /// The path that they continue, and they.
-    batch: MicroBatch,
-    /// The path's places in the prefix.
-    path: Vec<usize>,
-    /// Rows of the path.
-    start: usize,
-    /// For each target the row, of those behind the path, that predicts it.
-    rows: Vec<usize>,
-    tokens: Vec<u32>,
 }
 
 /// Micro-batches of how many tokens activations have room for.
@@ -246,12 +234,11 @@ impl Lane {
         let Buffers { policy, prefix_tape, part_tape, carried } = buffers;
         let mut reference = pass.reference.map(Side::new);
         policy.clear();
-        let prefix = Step::prefix(batch, schedule);
+        let (prefix, parts) = Step::all(batch, schedule);
         let wanted = self.forward(pass, &prefix, policy, reference.as_mut(), prefix_tape)?;
         [Some(&mut *policy), reference.as_mut()].into_iter().flatten().for_each(|side| side.keep(&prefix));
         carried.reset(pass.decoder.config(), prefix.len());
-        for part in &schedule.parts {
-            let step = Step::part(batch, schedule, part);
+        for step in parts {
             let wanted = self.forward(pass, &step, policy, reference.as_mut(), part_tape)?;
             let carried = Carried::ToPrefix(carried);
             self.backward(pass, &step, wanted.as_deref(), policy, part_tape, carried, totals);
@@ -368,28 +355,5 @@ impl Side {
     fn release(&mut self) {
         // Children come behind their parents.
         self.part.drain(..).rev().for_each(|node| self.cache.release(node));
-    }
-}
-
-impl Step {
-    fn prefix(batch: &MicroBatch, schedule: &Schedule) -> Self {
-        Self::new(batch.excerpt(&[], &schedule.prefix), Vec::new())
-    }
-
-    fn part(batch: &MicroBatch, schedule: &Schedule, part: &Part) -> Self {
-        let path: Vec<usize> = part.path.iter().map(|place| schedule.prefix[*place]).collect();
-        Self::new(batch.excerpt(&path, &part.segments), part.path.clone())
-    }
-
-    fn new(batch: MicroBatch, path: Vec<usize>) -> Self {
-        let start = batch.forest.rows_of_first(path.len());
-        let (mut rows, tokens) = rows_and_tokens(&batch);
-        rows.iter_mut().for_each(|row| *row -= start);
-        Self { batch, path, start, rows, tokens }
-    }
-
-    /// Rows behind the path.
-    fn len(&self) -> usize {
-        self.batch.forest.ids().len() - self.start
     }
 }

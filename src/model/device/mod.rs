@@ -8,8 +8,10 @@
 mod backward;
 mod forward;
 mod head;
+mod prefix;
 
 pub use forward::{Attend, Batch, DeviceTape, Work};
+pub use prefix::DevicePrefix;
 
 use super::layout::Layout;
 use super::{Decoder, DecoderConfig, Dtype, ModelError};
@@ -200,6 +202,11 @@ impl<T: Format> DeviceDecoder<T> {
         let stored = c.qkv_width() + before + c.heads * c.head_dim + 2 * c.intermediate_size;
         let single = 2 * (c.hidden_size + 1) + c.heads;
         c.layers * (stored * size_of::<T>() + single * size_of::<f32>())
+    }
+
+    /// Bytes that a tape holds for each token where layers are computed again: their inputs.
+    pub fn input_bytes_per_token(&self) -> usize {
+        self.config.layers * self.config.hidden_size * size_of::<f32>()
     }
 
     fn weight(&self, range: &Range<usize>) -> Result<Slice<'_, T>> {
