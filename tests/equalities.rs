@@ -366,14 +366,15 @@ fn micro_batch(decoder: &Decoder, forest: Forest) -> MicroBatch {
             let token = (row * 7 + segment) as u32 % VOCAB;
             let state = decoder.hidden(&workspace, &[row]);
             let score = decoder.score(&state, &[token], INVERSE_TEMPERATURE, &mut workspace)[0];
-            let component = match parents.contains(&Some(segment)) {
-                true => Component::Likelihood { weight: 0.01 },
-                false => Component::Policy {
+            let component = if parents.contains(&Some(segment)) {
+                Component::Likelihood { weight: 0.01 }
+            } else {
+                Component::Policy {
                     weight: 0.02,
                     advantage: [1.0, -0.5, 0.25][segment % 3],
                     old_logprob: score.policy_logprob,
                     engine_logprob: score.logprob,
-                },
+                }
             };
             batch.targets.push(Target { segment, at, token, component });
         }

@@ -107,12 +107,12 @@ impl<'a> Subtrees<'a> {
             let parent = self.forest.segments()[segment].parent;
             let continues = parent.filter(|parent| prefix.binary_search(parent).is_ok());
             if continues == parent {
-                let joined = self.deeper(end, continues).filter(|_| self.sizes[segment] <= room);
-                if joined.is_none() || parts.is_empty() {
+                let fits = self.sizes[segment] <= room && self.on_one_path(end, continues);
+                if !fits || parts.is_empty() {
                     parts.push(Part::default());
-                    room = limit;
+                    (room, end) = (limit, None);
                 }
-                end = joined.unwrap_or(continues);
+                end = end.max(continues);
                 room = room.saturating_sub(self.sizes[segment]);
                 part_of[segment] = parts.len() - 1;
             } else if let Some(parent) = parent {
@@ -127,15 +127,13 @@ impl<'a> Subtrees<'a> {
         parts
     }
 
-    /// The one of two segments that continues the other; none when they are on different paths. What is missing stands
-    /// before all roots.
-    fn deeper(&self, first: Option<usize>, second: Option<usize>) -> Option<Option<usize>> {
-        let (above, below) = (first.min(second), first.max(second));
-        let mut next = below;
+    /// Whether one of two segments continues the other; no segment stands before all roots.
+    fn on_one_path(&self, first: Option<usize>, second: Option<usize>) -> bool {
+        let (above, mut next) = (first.min(second), first.max(second));
         while next > above {
             next = next.and_then(|segment| self.forest.segments()[segment].parent);
         }
-        (next == above).then_some(below)
+        next == above
     }
 
     /// The path to the end of a segment, as places in the prefix.

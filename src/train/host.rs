@@ -236,13 +236,19 @@ impl Lane {
         policy.clear();
         let (prefix, parts) = Step::all(batch, schedule);
         let wanted = self.forward(pass, &prefix, policy, reference.as_mut(), prefix_tape)?;
-        [Some(&mut *policy), reference.as_mut()].into_iter().flatten().for_each(|side| side.keep(&prefix));
+        policy.keep(&prefix);
+        if let Some(reference) = &mut reference {
+            reference.keep(&prefix);
+        }
         carried.reset(pass.decoder.config(), prefix.len());
         for step in parts {
             let wanted = self.forward(pass, &step, policy, reference.as_mut(), part_tape)?;
             let carried = Carried::ToPrefix(carried);
             self.backward(pass, &step, wanted.as_deref(), policy, part_tape, carried, totals);
-            [Some(&mut *policy), reference.as_mut()].into_iter().flatten().for_each(Side::release);
+            policy.release();
+            if let Some(reference) = &mut reference {
+                reference.release();
+            }
         }
         let carried = Carried::FromParts(carried);
         self.backward(pass, &prefix, wanted.as_deref(), policy, prefix_tape, carried, totals);

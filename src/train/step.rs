@@ -34,8 +34,8 @@ impl Step {
 
     fn new(batch: MicroBatch, path: Vec<usize>) -> Self {
         let start = batch.forest.rows_of_first(path.len());
-        let (mut rows, tokens) = rows_and_tokens(&batch);
-        rows.iter_mut().for_each(|row| *row -= start);
+        let (rows, tokens) = rows_and_tokens(&batch);
+        let rows = rows.into_iter().map(|row| row - start).collect();
         Self { batch, path, start, rows, tokens }
     }
 
