@@ -5,9 +5,13 @@
 mod common;
 
 use common::{model, random_forest};
+use rpt::config::{OptimizerConfig, TrainConfig};
 use rpt::model::{
-    Decoder, Dtype, Extension, Forest, Products, Tape, Targets, TokenGradient, TokenScore, Workspace,
+    Decoder, Dtype, Extension, Forest, Products, Schedule, Tape, Targets, TokenGradient, TokenScore,
+    Workspace,
 };
+use rpt::train::loss::PolicyLoss;
+use rpt::train::{Component, MicroBatch, Target, Totals, Trainer};
 
 const VOCAB: u32 = 90;
 
@@ -327,4 +331,118 @@ fn products_of_bf16_keep_the_equalities() {
 fn products_of_bf16_need_weights_of_bf16() {
     let error = model(0, VOCAB as usize).with_products(Products::Bf16).unwrap_err();
     assert!(error.hint().unwrap().contains("dtype"));
+}
+
+/// A document with prompts at several places of its trunk, each with replies; some segments are empty.
+fn document(forest: &mut Forest, trunk: &[usize], footer: usize, replies: &[usize]) {
+    let mut token = forest.ids().len() as u32;
+    let mut tokens = |length: usize| -> Vec<u32> {
+        token += 1;
+        (0..length as u32).map(|at| (token * 31 + at * 17 + at * at) % VOCAB).collect()
+    };
+    let (mut parent, mut ends) = (None, Vec::new());
+    for length in trunk {
+        parent = Some(forest.add(parent, &tokens(*length)));
+        ends.push(parent);
+    }
+    for end in ends {
+        let footer = forest.add(end, &tokens(footer));
+        for length in replies {
+            forest.add(Some(footer), &tokens(*length));
+        }
+    }
+}
+
+/// Everything that has a token before it is to be learned: leaves as replies that this decoder has sampled.
+fn micro_batch(decoder: &Decoder, forest: Forest) -> MicroBatch {
+    let mut batch = MicroBatch::default();
+    let parents: Vec<Option<usize>> = forest.segments().iter().map(|segment| segment.parent).collect();
+    let (mut cache, mut workspace) = (decoder.new_cache(), Workspace::default());
+    let extensions = forest.enter(&mut cache);
+    decoder.forward(forest.ids(), &extensions, &mut cache, &mut workspace, None).unwrap();
+    for (segment, place) in forest.segments().iter().enumerate() {
+        for at in 0..=place.length {
+            let Some(row) = forest.row_before(segment, at) else { continue };
+            let token = (row * 7 + segment) as u32 % VOCAB;
+            let state = decoder.hidden(&workspace, &[row]);
+            let score = decoder.score(&state, &[token], INVERSE_TEMPERATURE, &mut workspace)[0];
+            let component = if parents.contains(&Some(segment)) {
+                Component::Likelihood { weight: 0.01 }
+            } else {
+                Component::Policy {
+                    weight: 0.02,
+                    advantage: [1.0, -0.5, 0.25][segment % 3],
+                    old_logprob: score.policy_logprob,
+                    engine_logprob: score.logprob,
+                }
+            };
+            batch.targets.push(Target { segment, at, token, component });
+        }
+    }
+    batch.forest = forest;
+    batch
+}
+
+/// The gradient of an update (from the first moments of the optimiser), and its sums, where activations have room for the
+/// inputs of the layers of so many tokens.
+fn updated(decoder: &Decoder, batch: &MicroBatch, tokens: usize) -> (Vec<f32>, Totals) {
+    let config = OptimizerConfig { max_grad_norm: 0.0, ..OptimizerConfig::default() };
+    let mut trainer = Trainer::new(decoder.clone(), &config, 10).unwrap();
+    let lanes = Trainer::gradient_buffers(decoder.layout().len());
+    trainer.activation_bytes = Some((tokens * lanes * decoder.input_bytes_per_token()) as u64);
+    let reference = model(0, VOCAB as usize);
+    let loss = PolicyLoss::new(&TrainConfig { kl_weight: 0.05, ..TrainConfig::default() });
+    let batches = std::slice::from_ref(batch);
+    let stats = trainer.update(batches, &loss, INVERSE_TEMPERATURE, Some(&reference)).unwrap();
+    let state = trainer.state().unwrap();
+    let moments = state.optimizer.iter().filter(|(name, _)| name.ends_with("first_moment"));
+    (moments.flat_map(|(_, values)| values.to_vec()).collect(), stats.totals)
+}
+
+#[test]
+fn a_schedule_has_the_scores_of_one_pass_and_its_gradients() {
+    let (mut schedules, mut parts) = (0, 0);
+    for seed in 0..20_u64 {
+        let decoder = model(seed as usize % 5, VOCAB as usize);
+        let mut forest = random_forest(900 + seed, u64::from(VOCAB));
+        if seed % 2 == 0 {
+            document(&mut forest, &[20, 9, 0, 17], seed as usize % 3, &[3, 18, 0, 30]);
+            document(&mut forest, &[70], 2, &[11; 7]);
+        }
+        let batch = micro_batch(&decoder, forest);
+        let (expected, sums) = updated(&decoder, &batch, batch.forest.ids().len());
+        assert_eq!(sums.mismatched, 0);
+        let scale = expected.iter().fold(0.0_f32, |most, gradient| most.max(gradient.abs()));
+        for tokens in [130, 60, 20, 1] {
+            let (found, totals) = updated(&decoder, &batch, tokens);
+            let apart = found.iter().zip(&expected).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
+            assert!(apart <= 1e-5 * scale, "seed {seed}, {tokens} tokens: {apart} of {scale}");
+            assert_eq!(totals.mismatched, 0, "every score has the bits of one pass");
+            assert_eq!(totals.flops, sums.flops, "every token is computed once in each direction, and again");
+            assert_eq!(totals.policy_tokens, sums.policy_tokens);
+            for (found, expected) in [(totals.policy_loss, sums.policy_loss), (totals.kl, sums.kl)] {
+                assert!((found - expected).abs() <= 1e-9 * expected.abs().max(1.0), "{found} {expected}");
+            }
+            let planned = Schedule::of(&batch.forest, tokens);
+            schedules += planned.iter().filter(|schedule| !schedule.prefix.is_empty()).count();
+            parts += planned.iter().map(|schedule| schedule.parts.len()).sum::<usize>();
+        }
+    }
+    assert!(schedules > 60 && parts > 4 * schedules, "{schedules} prefixes, {parts} parts");
+}
+
+#[test]
+fn a_schedule_has_the_same_bits_for_any_number_of_threads() {
+    let decoder = model(1, VOCAB as usize);
+    let mut forest = random_forest(950, u64::from(VOCAB));
+    document(&mut forest, &[40, 30], 2, &[30; 6]);
+    let batch = micro_batch(&decoder, forest);
+    let in_pool = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| updated(&decoder, &batch, 90))
+    };
+    let (one, three) = (in_pool(1), in_pool(3));
+    assert_eq!(one, three);
+    let (whole, _) = updated(&decoder, &batch, 10_000);
+    assert_ne!(one.0, whole, "the order of sums is another");
 }

@@ -707,7 +707,8 @@ pub struct RunConfig {
     /// Tokens that one micro-batch of a training step may hold.
     pub tokens_per_micro_batch: usize,
     /// Bytes of activations that a step may keep; a micro-batch that needs more computes its layers
-    /// again in the backward pass, with the same result. Default: 2 GiB on the CPU, and on a device
+    /// again in the backward pass, with the same result, and trees that need more even so are computed in parts,
+    /// their shared prefix once. Default: 2 GiB on the CPU, and on a device
     /// what is free there.
     pub activation_bytes: Option<u64>,
     /// Stop when thinking collapses (otherwise it is reported only).

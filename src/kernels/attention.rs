@@ -69,7 +69,7 @@ pub struct Extent {
     pub page: usize,
     /// Positions used; all but a segment's last extent fill their pages.
     pub length: usize,
-    /// Row of the first position in the training batch (unused in decoding).
+    /// Row of the first position's gradients in the backward pass (unused in decoding).
     pub row: usize,
 }
 
@@ -412,7 +412,7 @@ pub struct Saved<'a> {
 pub struct Gradients<'a> {
     /// `[rows, heads x head_dim]`, overwritten.
     pub queries: &'a mut [f32],
-    /// `[kv_heads, rows, padded head_dim]`, added to.
+    /// `[kv_heads, rows of keys, padded head_dim]`, added to.
     pub keys: &'a mut [f32],
     /// `[kv_heads, rows, padded head_dim]`, added to.
     pub values: &'a mut [f32],
@@ -425,6 +425,7 @@ pub struct Gradients<'a> {
 pub fn backward(geometry: Geometry, tiles: &[Tile], pages: Pages, saved: Saved, gradients: &mut Gradients) {
     let trees: Vec<&[Tile]> = tiles.chunk_by(|a, b| a.tree == b.tree).collect();
     let queries = Disjoint::new(gradients.queries);
+    let key_rows = gradients.keys.len() / (geometry.kv_heads * geometry.padded());
     let (keys, values) = (Disjoint::new(gradients.keys), Disjoint::new(gradients.values));
     let work: usize = tiles.iter().map(Tile::pairs).sum();
     let parallel = work * geometry.heads * geometry.head_dim * 5 > SERIAL_PRODUCTS;
@@ -433,7 +434,7 @@ pub fn backward(geometry: Geometry, tiles: &[Tile], pages: Pages, saved: Saved, 
         SCRATCH.with_borrow_mut(|scratch| {
             for tile in trees[item / geometry.kv_heads] {
                 let job = Job { geometry, tile, kv_head, pages };
-                job.backward(scratch, saved, &queries, &keys, &values);
+                job.backward(scratch, saved, &queries, key_rows, &keys, &values);
             }
         });
     });
@@ -445,6 +446,7 @@ impl Job<'_> {
         scratch: &mut Scratch,
         saved: Saved,
         query_grads: &Disjoint,
+        key_rows: usize,
         key_grads: &Disjoint,
         value_grads: &Disjoint,
     ) {
@@ -455,11 +457,10 @@ impl Job<'_> {
         self.gather(saved.grad_out, heads * head_dim, zeroed(&mut scratch.grads, rows * padded), padded);
         zeroed(&mut scratch.query_grads, rows * padded);
         let statistics = self.row_statistics(saved);
-        let batch_rows = saved.log_sums.len() / heads;
         let mut at = 0;
         for extent in self.tile.prefix.iter() {
             let block = Block { rows: 0..rows, extent: *extent, length: extent.length, position: at };
-            self.backward_extent(scratch, &block, &statistics, batch_rows, key_grads, value_grads);
+            self.backward_extent(scratch, &block, &statistics, key_rows, key_grads, value_grads);
             at += extent.length;
         }
         for (rows, piece) in self.piece_rows() {
@@ -467,7 +468,7 @@ impl Job<'_> {
             for extent in &piece.own {
                 let length = extent.length.min(left);
                 let block = Block { rows: rows.clone(), extent: *extent, length, position: at };
-                self.backward_extent(scratch, &block, &statistics, batch_rows, key_grads, value_grads);
+                self.backward_extent(scratch, &block, &statistics, key_rows, key_grads, value_grads);
                 at += length;
                 left -= length;
             }
@@ -500,7 +501,7 @@ impl Job<'_> {
         scratch: &mut Scratch,
         block: &Block,
         statistics: &[RowStatistics],
-        batch_rows: usize,
+        key_rows: usize,
         key_grads: &Disjoint,
         value_grads: &Disjoint,
     ) {
@@ -518,7 +519,7 @@ impl Job<'_> {
                 length: keys,
                 position: block.position + done,
             };
-            let place = (self.kv_head * batch_rows + part.extent.row) * padded;
+            let place = (self.kv_head * key_rows + part.extent.row) * padded;
             // SAFETY: rows of this tree and this head belong to this task alone.
             let (key_grads, value_grads) =
                 unsafe { (key_grads.slice(place, keys * padded), value_grads.slice(place, keys * padded)) };

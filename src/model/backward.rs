@@ -2,7 +2,7 @@
 
 use super::decoder::{LayerTape, sized};
 use super::layout::{LayerLayout, Matrix, Vector};
-use super::{Decoder, KvCache, Tape, Workspace};
+use super::{Carried, Decoder, KvCache, Tape, Workspace};
 use crate::kernels::attention::{self, Gradients, Saved, Tile};
 use crate::kernels::elementary::{add, add_rows};
 use crate::kernels::head::{self, TokenGradient, TokenScore};
@@ -81,6 +81,23 @@ impl Decoder {
         gradients: &mut [f32],
         workspace: &mut Workspace,
     ) {
+        self.backward_in_schedule(tape, cache, targets, gradient, Carried::Nothing, gradients, workspace);
+    }
+
+    /// The same for the prefix or a part of a schedule (see [`Schedule`](super::Schedule)).
+    ///
+    /// Rows of the pass are those of its forward pass, and so are those of keys and values in the prefix's pass; those of a
+    /// part stand behind them (see [`Forest::enter_behind`](super::Forest::enter_behind)).
+    pub fn backward_in_schedule(
+        &self,
+        tape: &Tape,
+        cache: &mut KvCache,
+        targets: &Targets,
+        gradient: impl FnMut(usize, &TokenScore) -> TokenGradient,
+        mut carried: Carried,
+        gradients: &mut [f32],
+        workspace: &mut Workspace,
+    ) {
         let mut buffers = take(&mut workspace.backward);
         let BackwardBuffers { x: grad_x, again, head, layer: layer_buffers, sink } = &mut buffers;
         sink.packed.set_passing(self.products());
@@ -90,6 +107,7 @@ impl Decoder {
         self.head_backward(tape, targets, gradient, grad_x, &mut sink, head);
         // The cache holds the keys and values of layers that are computed again.
         workspace.places.clear();
+        workspace.positions.clone_from(&tape.positions);
         for layer in (0..self.config().layers).rev() {
             let saved = if tape.recompute {
                 workspace.x.clone_from(&tape.layers[layer].input);
@@ -98,7 +116,7 @@ impl Decoder {
             } else {
                 &tape.layers[layer]
             };
-            self.layer_backward(layer, tape, saved, cache, grad_x, &mut sink, layer_buffers);
+            self.layer_backward(layer, tape, saved, cache, &mut carried, grad_x, &mut sink, layer_buffers);
         }
         let hidden = self.config().hidden_size;
         if let Some(embedding) = sink.entries(&self.layout().embedding) {
@@ -156,6 +174,7 @@ impl Decoder {
         tape: &Tape,
         saved: &LayerTape,
         cache: &KvCache,
+        carried: &mut Carried,
         grad_x: &mut [f32],
         sink: &mut Sink,
         buffers: &mut LayerBuffers,
@@ -171,7 +190,7 @@ impl Decoder {
         if config.output_bias() {
             add_rows(sink.vector(&at.output_bias), grad_x);
         }
-        self.attention_backward(layer, tape, saved, cache, buffers);
+        self.attention_backward(layer, tape, saved, cache, carried, buffers);
         self.unturn(layer, saved, &tape.positions, sink, buffers);
         let hidden = config.hidden_size;
         self.replay_norm(&saved.input, &weights[Vector::InputNorm], &saved.input_scales, &mut buffers.normed);
@@ -227,15 +246,18 @@ impl Decoder {
         tape: &Tape,
         saved: &LayerTape,
         cache: &KvCache,
+        carried: &mut Carried,
         buffers: &mut LayerBuffers,
     ) {
         let config = self.config();
         let geometry = config.geometry();
         let (rows, padded, dim) = (tape.ids.len(), geometry.padded(), config.head_dim);
+        let before = carried.rows_before();
         for buffer in [&mut buffers.keys, &mut buffers.values] {
             buffer.clear();
-            buffer.resize(config.kv_heads * rows * padded, 0.0);
+            buffer.resize(config.kv_heads * (before + rows) * padded, 0.0);
         }
+        carried.load(layer, config.kv_heads, [&mut buffers.keys, &mut buffers.values]);
         let queries = config.heads * dim;
         let mut targets = Gradients {
             queries: sized(&mut buffers.queries, rows * queries),
@@ -250,6 +272,7 @@ impl Decoder {
             grad_out: &buffers.attended,
         };
         attention::backward(geometry, &tape.tiles, cache.layer(layer), inputs, &mut targets);
+        carried.store(layer, config.kv_heads, [&buffers.keys, &buffers.values]);
         let (query_grads, keys, values) = (&buffers.queries, &buffers.keys, &buffers.values);
         let width = config.qkv_width();
         for_each_row(sized(&mut buffers.qkv, rows * width), width, |row, out| {
@@ -257,7 +280,7 @@ impl Decoder {
             out_queries.copy_from_slice(&query_grads[row * queries..][..queries]);
             for (head, out) in out_keys_values.chunks_exact_mut(dim).enumerate() {
                 let source = if head < config.kv_heads { keys } else { values };
-                let place = (head % config.kv_heads * rows + row) * padded;
+                let place = (head % config.kv_heads * (before + rows) + before + row) * padded;
                 out.copy_from_slice(&source[place..][..dim]);
             }
         });

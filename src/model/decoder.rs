@@ -385,6 +385,11 @@ impl Decoder {
         let values = 2 * (c.hidden_size + 1) + attention + 2 * c.intermediate_size;
         c.layers * values * size_of::<f32>()
     }
+
+    /// Bytes that a tape holds for each token where layers are computed again: their inputs.
+    pub fn input_bytes_per_token(&self) -> usize {
+        self.config.layers * self.config.hidden_size * size_of::<f32>()
+    }
 }
 
 fn set_positions(positions: &mut Vec<usize>, rows: usize, extensions: &[Extension], cache: &KvCache) {

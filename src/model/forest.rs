@@ -1,6 +1,6 @@
 //! The model's only input shape: packed tokens whose segments have parents.
 
-use super::cache::{Extension, KvCache};
+use super::cache::{Extension, KvCache, NodeId};
 
 /// A run of tokens that continues its parent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,21 +54,40 @@ impl Forest {
     /// The row whose hidden state predicts what follows `at` tokens of a segment: the token
     /// before, which for `at` = 0 is the last of the nearest ancestor with tokens.
     pub fn row_before(&self, segment: usize, at: usize) -> Option<usize> {
-        let this = &self.segments[segment];
-        if at > 0 {
-            return Some(this.row + at - 1);
+        let (segment, at) = self.end_before(segment, at)?;
+        Some(self.segments[segment].row + at - 1)
+    }
+
+    /// The same place by the segment that holds this row: the segment, and how many of its tokens come before.
+    pub fn end_before(&self, mut segment: usize, mut at: usize) -> Option<(usize, usize)> {
+        while at == 0 {
+            segment = self.segments[segment].parent?;
+            at = self.segments[segment].length;
         }
-        let parent = this.parent?;
-        self.row_before(parent, self.segments[parent].length)
+        Some((segment, at))
+    }
+
+    /// Tokens of the first `count` segments: the row of what is behind them.
+    pub fn rows_of_first(&self, count: usize) -> usize {
+        self.segments.get(count).map_or(self.ids.len(), |segment| segment.row)
     }
 
     /// Enters every segment into an empty cache; extension i belongs to segment i.
     pub fn enter(&self, cache: &mut KvCache) -> Vec<Extension> {
-        let mut extensions: Vec<Extension> = Vec::with_capacity(self.segments.len());
-        for segment in &self.segments {
-            let node = cache.insert(segment.parent.map(|parent| extensions[parent].node));
-            cache.extend(node, segment.length, segment.row);
-            extensions.push(Extension { node, rows: segment.row..segment.row + segment.length });
+        self.enter_behind(cache, &[], 0)
+    }
+
+    /// Enters the segments behind the first ones, which are in the cache as `first`; they get one extension each, with
+    /// rows that count from 0. `prefix_rows` is how many rows the pass had that computed the first ones and perhaps others.
+    pub fn enter_behind(&self, cache: &mut KvCache, first: &[NodeId], prefix_rows: usize) -> Vec<Extension> {
+        let (start, mut nodes) = (self.rows_of_first(first.len()), first.to_vec());
+        let mut extensions = Vec::with_capacity(self.segments.len() - first.len());
+        for segment in &self.segments[first.len()..] {
+            let node = cache.insert(segment.parent.map(|parent| nodes[parent]));
+            let row = segment.row - start;
+            cache.extend(node, segment.length, prefix_rows + row);
+            nodes.push(node);
+            extensions.push(Extension { node, rows: row..row + segment.length });
         }
         extensions
     }
@@ -94,6 +113,7 @@ mod tests {
         assert_eq!(forest.row_before(leaf, 0), Some(2));
         assert_eq!(forest.row_before(leaf, 2), Some(4));
         assert_eq!(forest.row_before(trunk, 0), None);
+        assert_eq!(forest.end_before(leaf, 0), Some((trunk, 3)));
         assert_eq!(forest.longest_path(), 5);
     }
 }

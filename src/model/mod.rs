@@ -3,6 +3,7 @@
 
 mod backward;
 mod cache;
+mod carried;
 mod config;
 mod decoder;
 #[cfg(feature = "cuda")]
@@ -14,6 +15,7 @@ mod layout;
 mod lora;
 mod peft;
 mod placement;
+mod schedule;
 mod sequence;
 mod tensors;
 mod weights;
@@ -22,6 +24,7 @@ pub use crate::kernels::dtype::{Dtype, Products};
 pub use crate::kernels::head::{TokenGradient, TokenScore};
 pub use backward::Targets;
 pub use cache::{Extension, KvCache, NodeId};
+pub use carried::{Carried, PrefixGradients};
 pub use config::{Architecture, DecoderConfig, Llama3, RopeScaling, Yarn};
 pub use decoder::{Decoder, Tape, Workspace};
 pub use files::{SHARD_BYTES, directory_digest};
@@ -30,6 +33,7 @@ pub use layout::{Layout, Parameter, Role};
 pub use lora::{LoraShape, MODULES};
 pub(crate) use placement::on_device;
 pub use placement::{DeviceName, DeviceSettings, OnDevice};
+pub use schedule::{Part, Schedule};
 
 use std::path::{Path, PathBuf};
 

@@ -1,8 +1,6 @@
 //! What the trainer executes: forests with targets.
 
 use crate::model::Forest;
-#[cfg(feature = "cuda")]
-use std::borrow::Cow;
 
 /// How a target enters the loss.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,62 +46,24 @@ pub struct MicroBatch {
 }
 
 impl MicroBatch {
-    /// Parts of at most `tokens` tokens, or of a single path, that have the same targets together. Segments that several
-    /// parts need are in each of them: what is shared is computed more than once, and the sum of the gradients stays.
-    #[cfg(feature = "cuda")]
-    pub(super) fn split(&self, tokens: usize) -> Cow<'_, [Self]> {
-        if self.forest.ids().len() <= tokens {
-            return Cow::Borrowed(std::slice::from_ref(self));
-        }
-        match self.halves() {
-            None => Cow::Borrowed(std::slice::from_ref(self)),
-            Some(halves) => halves.iter().flat_map(|half| half.split(tokens).into_owned()).collect(),
-        }
-    }
-
-    /// Two parts whose leaves have about as many tokens.
-    #[cfg(feature = "cuda")]
-    fn halves(&self) -> Option<[Self; 2]> {
+    /// The segments `path`, computed before, and then `own`, with the targets that rows of the latter predict. Parents stand
+    /// in front of their children.
+    pub(super) fn excerpt(&self, path: &[usize], own: &[usize]) -> Self {
         let segments = self.forest.segments();
-        let mut is_leaf = vec![true; segments.len()];
-        segments.iter().filter_map(|segment| segment.parent).for_each(|parent| is_leaf[parent] = false);
-        let leaves: Vec<usize> = (0..segments.len()).filter(|segment| is_leaf[*segment]).collect();
-        if leaves.len() < 2 {
-            return None;
+        let (mut excerpt, mut numbers) = (Self::default(), vec![None; segments.len()]);
+        for segment in path.iter().chain(own) {
+            let place = &segments[*segment];
+            let parent = place.parent.and_then(|parent| numbers[parent]);
+            let ids = &self.forest.ids()[place.row..place.row + place.length];
+            numbers[*segment] = Some(excerpt.forest.add(parent, ids));
         }
-        let total: usize = leaves.iter().map(|leaf| segments[*leaf].length).sum();
-        let mut sum = 0;
-        let in_first = leaves.iter().take_while(|leaf| {
-            sum += segments[**leaf].length;
-            2 * sum <= total
+        let targets = self.targets.iter().filter_map(|target| {
+            let (segment, at) = self.forest.end_before(target.segment, target.at)?;
+            let segment = numbers[segment].filter(|number| *number >= path.len())?;
+            Some(Target { segment, at, ..*target })
         });
-        let middle = in_first.count().clamp(1, leaves.len() - 1);
-        let mut taken = vec![false; segments.len()];
-        Some([&leaves[..middle], &leaves[middle..]].map(|leaves| self.part(leaves, &mut taken)))
-    }
-
-    /// The paths to some leaves, with the targets of those segments that no part has taken.
-    #[cfg(feature = "cuda")]
-    fn part(&self, leaves: &[usize], taken: &mut [bool]) -> Self {
-        let segments = self.forest.segments();
-        let mut wanted = vec![false; segments.len()];
-        for leaf in leaves {
-            let mut next = Some(*leaf);
-            while let Some(segment) = next.filter(|segment| !wanted[*segment]) {
-                wanted[segment] = true;
-                next = segments[segment].parent;
-            }
-        }
-        let (mut part, mut numbers) = (Self::default(), vec![0; segments.len()]);
-        for (number, segment) in segments.iter().enumerate().filter(|(number, _)| wanted[*number]) {
-            let parent = segment.parent.map(|parent| numbers[parent]);
-            let ids = &self.forest.ids()[segment.row..segment.row + segment.length];
-            numbers[number] = part.forest.add(parent, ids);
-        }
-        let own = self.targets.iter().filter(|target| wanted[target.segment] && !taken[target.segment]);
-        part.targets = own.map(|target| Target { segment: numbers[target.segment], ..*target }).collect();
-        taken.iter_mut().zip(wanted).for_each(|(taken, wanted)| *taken |= wanted);
-        part
+        excerpt.targets = targets.collect();
+        excerpt
     }
 }
 
@@ -132,6 +92,7 @@ pub(super) fn cut(sizes: &[usize], limit: usize) -> Vec<std::ops::Range<usize>> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Schedule;
 
     #[test]
     fn parts_cover_everything_once_and_respect_the_limit() {
@@ -146,39 +107,47 @@ mod tests {
         assert!(cut(&[], 10).is_empty());
     }
 
-    #[cfg(feature = "cuda")]
+    /// The tokens on the path to a target's prediction, and the target.
+    fn path(batch: &MicroBatch, target: &Target) -> (Vec<Vec<u32>>, u32) {
+        let (mut ids, mut next) = (Vec::new(), batch.forest.end_before(target.segment, target.at));
+        while let Some((segment, at)) = next {
+            let place = &batch.forest.segments()[segment];
+            ids.push(batch.forest.ids()[place.row..place.row + at].to_vec());
+            next = batch.forest.end_before(segment, 0);
+        }
+        (ids, target.token)
+    }
+
     #[test]
-    fn parts_of_a_micro_batch_have_its_targets_on_the_same_paths() {
+    fn excerpts_of_a_schedule_have_all_targets_on_the_same_paths() {
         let mut batch = MicroBatch::default();
         for tree in 0..3 {
             let trunk = batch.forest.add(None, &[tree; 7]);
-            let footer = batch.forest.add(Some(trunk), &[10 + tree; 2]);
+            let footer = batch.forest.add(Some(trunk), &[]);
             for reply in 0..4 {
-                batch.forest.add(Some(footer), &vec![20 + reply; 3 + reply as usize]);
+                batch.forest.add(Some(footer), &vec![20 + reply; 3 * reply as usize]);
             }
         }
         let component = Component::Likelihood { weight: 1.0 };
         for (segment, place) in batch.forest.segments().iter().enumerate() {
             let target = |at| Target { segment, at, token: (10 * segment + at) as u32, component };
-            batch.targets.extend((1..=place.length).map(target));
+            batch.targets.extend((0..=place.length).map(target));
         }
-        let path = |batch: &MicroBatch, target: &Target| {
-            let (mut ids, mut next) = (Vec::new(), Some(target.segment));
-            while let Some(segment) = next {
-                let place = &batch.forest.segments()[segment];
-                ids.push(batch.forest.ids()[place.row..place.row + place.length].to_vec());
-                next = place.parent;
-            }
-            (target.token, target.at, ids)
-        };
-        let targets =
-            |batch: &MicroBatch| batch.targets.iter().map(|target| path(batch, target)).collect::<Vec<_>>();
-        let mut expected = targets(&batch);
+        let predicted = batch.targets.iter().filter(|target| target.at > 0 || target.segment % 6 > 0);
+        let mut expected: Vec<_> = predicted.map(|target| path(&batch, target)).collect();
         expected.sort();
         for limit in [usize::MAX, 60, 30, 20, 1] {
-            let parts = batch.split(limit);
-            assert!(parts.iter().all(|part| part.forest.ids().len() <= limit.max(15)), "{limit}");
-            let mut found: Vec<_> = parts.iter().flat_map(targets).collect();
+            let mut found = Vec::new();
+            for schedule in Schedule::of(&batch.forest, limit) {
+                let mut excerpts = vec![batch.excerpt(&[], &schedule.prefix)];
+                for part in &schedule.parts {
+                    let path: Vec<usize> = part.path.iter().map(|place| schedule.prefix[*place]).collect();
+                    excerpts.push(batch.excerpt(&path, &part.segments));
+                }
+                found.extend(excerpts.iter().flat_map(|excerpt| {
+                    excerpt.targets.iter().map(|target| path(excerpt, target)).collect::<Vec<_>>()
+                }));
+            }
             found.sort();
             assert_eq!(found, expected, "{limit}");
         }

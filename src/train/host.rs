@@ -1,12 +1,16 @@
 //! The trainer on the CPU: micro-batches are dealt to gradient buffers that are summed in order.
 
 use super::batch::MicroBatch;
-use super::objective::{Objective, Totals, rows_and_tokens};
+use super::objective::{Objective, Totals};
 use super::optimizer::{Optimizer, OptimizerError, ParameterGroup, StepStats};
+use super::step::Step;
 use super::trainer::{TrainError, TrainerState, UpdateStats, UpdateTimes};
 use crate::config::OptimizerConfig;
 use crate::kernels::elementary::add;
-use crate::model::{Decoder, KvCache, ModelError, Tape, Targets, TokenScore, Workspace};
+use crate::model::{
+    Carried, Decoder, KvCache, ModelError, NodeId, PrefixGradients, Schedule, Tape, Targets, TokenScore,
+    Workspace,
+};
 use crate::time::Time;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -38,11 +42,43 @@ struct Lane {
     seconds: (f64, f64),
 }
 
-/// Everything else that a forward and backward pass needs.
+/// Everything else that forward and backward passes need.
 struct Buffers {
+    policy: Side,
+    prefix_tape: Tape,
+    part_tape: Tape,
+    carried: PrefixGradients,
+}
+
+/// One model on its way through a schedule.
+struct Side {
     workspace: Workspace,
-    tape: Tape,
     cache: KvCache,
+    /// The segments of the prefix.
+    prefix: Vec<NodeId>,
+    prefix_rows: usize,
+    /// The segments of the part that is computed now.
+    part: Vec<NodeId>,
+}
+
+/// Micro-batches of how many tokens activations have room for.
+#[derive(Clone, Copy)]
+struct Limits {
+    /// With all that the backward pass needs.
+    tokens_on_tape: u64,
+    /// With the inputs of layers, which are computed again.
+    tokens: usize,
+}
+
+impl Limits {
+    /// For each of the lanes that activations of so many bytes are shared by.
+    fn of(decoder: &Decoder, bytes: u64, lanes: usize) -> Self {
+        let tokens = |bytes_per_token: usize| bytes / (lanes * bytes_per_token).max(1) as u64;
+        Self {
+            tokens_on_tape: tokens(decoder.tape_bytes_per_token()),
+            tokens: usize::try_from(tokens(decoder.input_bytes_per_token())).unwrap_or(usize::MAX),
+        }
+    }
 }
 
 /// What all micro-batches of an update share.
@@ -102,8 +138,7 @@ impl HostTrainer {
     ) -> Result<UpdateStats, TrainError> {
         let pass = Pass { decoder, reference, objective };
         let count = self.lanes.len();
-        let bytes = activation_bytes.unwrap_or(ACTIVATION_BYTES);
-        let tokens_on_tape = bytes / (count * decoder.tape_bytes_per_token()).max(1) as u64;
+        let limits = Limits::of(decoder, activation_bytes.unwrap_or(ACTIVATION_BYTES), count);
         let spare = &self.spare;
         let in_lane = |(number, lane): (usize, &mut Lane)| {
             lane.gradients.fill(0.0);
@@ -111,10 +146,9 @@ impl HostTrainer {
             let mut buffers = Buffers::take(spare, pass.decoder);
             let mut totals = Totals::default();
             for batch in batches.iter().skip(number).step_by(count) {
-                buffers.tape.recompute = batch.forest.ids().len() as u64 > tokens_on_tape;
-                totals.absorb(&lane.accumulate(pass, batch, &mut buffers)?);
+                totals.absorb(&lane.accumulate(pass, batch, limits, &mut buffers)?);
             }
-            totals.flops = buffers.workspace.flops;
+            totals.flops = buffers.policy.workspace.flops;
             buffers.give_back(spare);
             Ok(totals)
         };
@@ -157,11 +191,12 @@ impl Buffers {
     fn take(spare: &Mutex<Vec<Self>>, decoder: &Decoder) -> Self {
         let free = spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut buffers = free.unwrap_or_else(|| Self {
-            workspace: Workspace::default(),
-            tape: Tape::default(),
-            cache: decoder.new_cache(),
+            policy: Side::new(decoder),
+            prefix_tape: Tape::default(),
+            part_tape: Tape::default(),
+            carried: PrefixGradients::default(),
         });
-        buffers.workspace.flops = 0;
+        buffers.policy.workspace.flops = 0;
         buffers
     }
 
@@ -176,52 +211,155 @@ impl Lane {
         &mut self,
         pass: Pass,
         batch: &MicroBatch,
+        limits: Limits,
         buffers: &mut Buffers,
     ) -> Result<Totals, ModelError> {
-        let forest = &batch.forest;
-        let (rows, tokens) = rows_and_tokens(batch);
-        let (Self { gradients, seconds }, Buffers { workspace, tape, cache }) = (self, buffers);
-        cache.clear();
-        let extensions = forest.enter(cache);
+        let recompute = batch.forest.ids().len() as u64 > limits.tokens_on_tape;
+        (buffers.prefix_tape.recompute, buffers.part_tape.recompute) = (recompute, recompute);
+        let mut totals = Totals::default();
+        for schedule in Schedule::of(&batch.forest, limits.tokens) {
+            self.follow(pass, batch, &schedule, buffers, &mut totals)?;
+        }
+        Ok(totals)
+    }
+
+    fn follow(
+        &mut self,
+        pass: Pass,
+        batch: &MicroBatch,
+        schedule: &Schedule,
+        buffers: &mut Buffers,
+        totals: &mut Totals,
+    ) -> Result<(), ModelError> {
+        let Buffers { policy, prefix_tape, part_tape, carried } = buffers;
+        let mut reference = pass.reference.map(Side::new);
+        policy.clear();
+        let (prefix, parts) = Step::all(batch, schedule);
+        let wanted = self.forward(pass, &prefix, policy, reference.as_mut(), prefix_tape)?;
+        policy.keep(&prefix);
+        if let Some(reference) = &mut reference {
+            reference.keep(&prefix);
+        }
+        carried.reset(pass.decoder.config(), prefix.len());
+        for step in parts {
+            let wanted = self.forward(pass, &step, policy, reference.as_mut(), part_tape)?;
+            let carried = Carried::ToPrefix(carried);
+            self.backward(pass, &step, wanted.as_deref(), policy, part_tape, carried, totals);
+            policy.release();
+            if let Some(reference) = &mut reference {
+                reference.release();
+            }
+        }
+        let carried = Carried::FromParts(carried);
+        self.backward(pass, &prefix, wanted.as_deref(), policy, prefix_tape, carried, totals);
+        Ok(())
+    }
+
+    /// The forward pass; returns the reference model's log-probabilities of the targets.
+    fn forward(
+        &mut self,
+        pass: Pass,
+        step: &Step,
+        policy: &mut Side,
+        reference: Option<&mut Side>,
+        tape: &mut Tape,
+    ) -> Result<Option<Vec<f32>>, ModelError> {
         let start = Instant::now();
-        pass.decoder.forward(forest.ids(), &extensions, cache, workspace, Some(tape))?;
-        let reference = match pass.reference {
+        policy.forward(pass.decoder, step, Some(tape))?;
+        let logprobs = match pass.reference.zip(reference) {
             None => None,
-            Some(reference) => {
-                Some(pass.reference_logprobs(reference, batch, &rows, &tokens, &mut workspace.flops)?)
+            Some((decoder, side)) => {
+                let inverse_temperature = pass.objective.inverse_temperature;
+                let logprobs = side.logprobs(decoder, step, inverse_temperature)?;
+                policy.workspace.flops += std::mem::take(&mut side.workspace.flops);
+                Some(logprobs)
             }
         };
-        let middle = Instant::now();
-        let mut totals = Totals::default();
+        self.seconds.0 += start.elapsed().as_secs_f64();
+        Ok(logprobs)
+    }
+
+    fn backward(
+        &mut self,
+        pass: Pass,
+        step: &Step,
+        reference: Option<&[f32]>,
+        policy: &mut Side,
+        tape: &Tape,
+        carried: Carried,
+        totals: &mut Totals,
+    ) {
+        if step.len() == 0 {
+            return;
+        }
+        let start = Instant::now();
         let gradient = |at: usize, score: &TokenScore| {
-            let reference = reference.as_ref().map(|logprobs| logprobs[at]);
-            pass.objective.token(&batch.targets[at].component, score, reference, &mut totals)
+            let reference = reference.map(|logprobs| logprobs[at]);
+            pass.objective.token(&step.batch.targets[at].component, score, reference, totals)
         };
         let inverse_temperature = pass.objective.inverse_temperature;
-        let targets = Targets { rows: &rows, tokens: &tokens, inverse_temperature };
-        pass.decoder.backward(tape, cache, &targets, gradient, gradients, workspace);
-        seconds.0 += (middle - start).as_secs_f64();
-        seconds.1 += middle.elapsed().as_secs_f64();
-        Ok(totals)
+        let targets = Targets { rows: &step.rows, tokens: &step.tokens, inverse_temperature };
+        let Side { cache, workspace, .. } = policy;
+        let gradients = &mut self.gradients;
+        pass.decoder.backward_in_schedule(tape, cache, &targets, gradient, carried, gradients, workspace);
+        self.seconds.1 += start.elapsed().as_secs_f64();
     }
 }
 
-impl Pass<'_> {
-    /// The reference model's log-probabilities of the same targets.
-    fn reference_logprobs(
-        &self,
-        reference: &Decoder,
-        batch: &MicroBatch,
-        rows: &[usize],
-        tokens: &[u32],
-        flops: &mut u64,
+impl Side {
+    fn new(decoder: &Decoder) -> Self {
+        Self {
+            workspace: Workspace::default(),
+            cache: decoder.new_cache(),
+            prefix: Vec::new(),
+            prefix_rows: 0,
+            part: Vec::new(),
+        }
+    }
+
+    /// Forgets all segments.
+    fn clear(&mut self) {
+        self.cache.clear();
+        self.prefix.clear();
+        self.prefix_rows = 0;
+        self.part.clear();
+    }
+
+    /// Computes what a step has behind its path.
+    fn forward(&mut self, decoder: &Decoder, step: &Step, tape: Option<&mut Tape>) -> Result<(), ModelError> {
+        let path: Vec<NodeId> = step.path.iter().map(|place| self.prefix[*place]).collect();
+        let forest = &step.batch.forest;
+        let extensions = forest.enter_behind(&mut self.cache, &path, self.prefix_rows);
+        self.part = extensions.iter().map(|extension| extension.node).collect();
+        if step.len() == 0 {
+            return Ok(());
+        }
+        let ids = &forest.ids()[step.start..];
+        decoder.forward(ids, &extensions, &mut self.cache, &mut self.workspace, tape)
+    }
+
+    /// Log-probabilities of a step's targets.
+    fn logprobs(
+        &mut self,
+        decoder: &Decoder,
+        step: &Step,
+        inverse_temperature: f32,
     ) -> Result<Vec<f32>, ModelError> {
-        let (mut cache, mut workspace) = (reference.new_cache(), Workspace::default());
-        let extensions = batch.forest.enter(&mut cache);
-        reference.forward(batch.forest.ids(), &extensions, &mut cache, &mut workspace, None)?;
-        let states = reference.hidden(&workspace, rows);
-        let scores = reference.score(&states, tokens, self.objective.inverse_temperature, &mut workspace);
-        *flops += workspace.flops;
+        self.forward(decoder, step, None)?;
+        let states = decoder.hidden(&self.workspace, &step.rows);
+        let scores = decoder.score(&states, &step.tokens, inverse_temperature, &mut self.workspace);
         Ok(scores.iter().map(|score| score.policy_logprob).collect())
+    }
+
+    /// What was computed last is the prefix.
+    fn keep(&mut self, step: &Step) {
+        self.prefix = std::mem::take(&mut self.part);
+        self.prefix_rows = step.len();
+    }
+
+    /// What was computed last is not needed any more.
+    fn release(&mut self) {
+        // Children come behind their parents.
+        self.part.drain(..).rev().for_each(|node| self.cache.release(node));
     }
 }

@@ -11,6 +11,7 @@ pub mod loss;
 mod objective;
 pub mod optimizer;
 pub mod schedule;
+mod step;
 mod supervised;
 mod trainer;
 

@@ -118,7 +118,8 @@ pub struct TrainerState<'a> {
 pub struct Trainer {
     decoder: Decoder,
     /// Bytes of activations that a step may hold; where a micro-batch needs more, its layers are computed again in the
-    /// backward pass. `None` is 2 GiB on the CPU, and on a device what is free.
+    /// backward pass, and where their inputs alone need more, it runs by schedule (see [`Schedule`](crate::model::Schedule)).
+    /// `None` is 2 GiB on the CPU, and on a device what is free.
     pub activation_bytes: Option<u64>,
     place: Place,
 }

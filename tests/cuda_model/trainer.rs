@@ -3,7 +3,8 @@
 use crate::cuda_emulator;
 use crate::support::{decoder, difference, forest, settings};
 use rpt::config::{OptimizerConfig, OptimizerKind, TrainConfig};
-use rpt::model::{Decoder, Dtype};
+use rpt::model::device::{DeviceDecoder, Format, OnDevice};
+use rpt::model::{Decoder, Dtype, Schedule, Targets};
 use rpt::train::loss::PolicyLoss;
 use rpt::train::{Component, MicroBatch, Target, TrainError, Trainer, UpdateStats};
 use std::collections::BTreeMap;
@@ -138,7 +139,7 @@ fn an_update_that_runs_out_of_memory_is_begun_again_with_less() {
     cuda_emulator::refuse_allocation(60);
     let found = update(&mut little, None).unwrap();
     let expected = update(&mut plenty, None).unwrap();
-    assert_eq!(found.retries, 1, "now micro-batches are split");
+    assert_eq!(found.retries, 1, "now micro-batches run by schedule");
     assert_eq!(found.totals.policy_tokens, expected.totals.policy_tokens);
     let apart = (found.gradient_norm - expected.gradient_norm).abs();
     assert!(
@@ -147,6 +148,60 @@ fn an_update_that_runs_out_of_memory_is_begun_again_with_less() {
         found.gradient_norm,
         expected.gradient_norm
     );
+}
+
+/// Log-probabilities of a micro-batch's targets, in one pass.
+fn scores<T: Format>(decoder: &DeviceDecoder<T>, batch: &MicroBatch) -> Vec<f32> {
+    let row = |target: &Target| batch.forest.row_before(target.segment, target.at).unwrap();
+    let rows: Vec<usize> = batch.targets.iter().map(row).collect();
+    let tokens: Vec<u32> = batch.targets.iter().map(|target| target.token).collect();
+    let there = decoder.batch(&batch.forest).unwrap();
+    let x = decoder.forward(&there, None).unwrap();
+    let targets = Targets { rows: &rows, tokens: &tokens, inverse_temperature: INVERSE_TEMPERATURE };
+    decoder.score(&there, &x, &targets).unwrap().iter().map(|score| score.logprob).collect()
+}
+
+#[test]
+fn a_schedule_has_the_scores_of_one_pass_and_its_gradients() {
+    for (family, dtype, tolerance) in [(0, Dtype::F32, 1e-5), (1, Dtype::F32, 1e-5), (2, Dtype::Bf16, 2e-2)] {
+        let start = decoder(family, dtype);
+        let mut batch = batches().swap_remove(family % 2);
+        let logprobs = match OnDevice::new(&settings(), &start).unwrap() {
+            OnDevice::F32(there) => scores(&there, &batch),
+            OnDevice::Bf16(there) => scores(&there, &batch),
+        };
+        for (target, logprob) in batch.targets.iter_mut().zip(logprobs) {
+            if let Component::Policy { engine_logprob, .. } = &mut target.component {
+                *engine_logprob = logprob;
+            }
+        }
+        let reference = decoder(0, Dtype::F32).on(Some(&settings()));
+        let updated = |tokens: usize| {
+            let config = OptimizerConfig { max_grad_norm: 0.0, ..config() };
+            let mut trainer = Trainer::new(start.clone().on(Some(&settings())), &config, 10).unwrap();
+            trainer.activation_bytes = Some((tokens * start.input_bytes_per_token()) as u64);
+            let loss = PolicyLoss::new(&TrainConfig { kl_weight: 0.05, ..TrainConfig::default() });
+            let batches = std::slice::from_ref(&batch);
+            let stats = trainer.update(batches, &loss, INVERSE_TEMPERATURE, Some(&reference)).unwrap();
+            let state = trainer.state().unwrap();
+            let moments = state.optimizer.iter().filter(|(name, _)| name.ends_with("first_moment"));
+            (moments.flat_map(|(_, values)| values.to_vec()).collect::<Vec<f32>>(), stats.totals)
+        };
+        let (expected, sums) = updated(batch.forest.ids().len());
+        assert_eq!(sums.mismatched, 0);
+        for tokens in [70, 1] {
+            let planned = Schedule::of(&batch.forest, tokens);
+            assert!(planned.iter().all(|schedule| !schedule.prefix.is_empty() && schedule.parts.len() > 1));
+            let (found, totals) = updated(tokens);
+            let apart = difference(&found, &expected);
+            assert!(apart < tolerance, "family {family} {dtype:?}, {tokens} tokens: {apart}");
+            assert_eq!(totals.mismatched, 0, "every score has the bits of one pass");
+            assert_eq!(totals.flops, sums.flops, "every token is computed once in each direction, and again");
+            for (found, expected) in [(totals.policy_loss, sums.policy_loss), (totals.kl, sums.kl)] {
+                assert!((found - expected).abs() <= 1e-9 * expected.abs().max(1.0), "{found} {expected}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The backward pass through the layers, over the tape that the forward pass kept.
 
 use super::forward::{Inside, LayerTape, WithinForest};
-use super::{Batch, DeviceDecoder, DeviceTape, Format};
+use super::{Batch, DeviceDecoder, DevicePrefix, DeviceTape, Format};
 use crate::cuda::attention::{ForestGradients, ForestInputs, ForestSaved};
 use crate::cuda::embedding::{self, Runs};
 use crate::cuda::gemm::Sum;
@@ -19,6 +19,22 @@ impl<T: Format> DeviceDecoder<T> {
     pub fn backward(
         &self,
         batch: &Batch,
+        tape: DeviceTape<T>,
+        grad_x: Buffer<f32>,
+        gradients: &mut Buffer<f32>,
+    ) -> Result<()> {
+        self.backward_in_schedule(batch, None, tape, grad_x, gradients)
+    }
+
+    /// The same for a part of a schedule, which adds to the gradients of the prefix, or at last for the prefix, which takes
+    /// them.
+    ///
+    /// # Errors
+    /// As [`DeviceDecoder::backward`].
+    pub fn backward_in_schedule(
+        &self,
+        batch: &Batch,
+        mut prefix: Option<&mut DevicePrefix<T>>,
         mut tape: DeviceTape<T>,
         mut grad_x: Buffer<f32>,
         gradients: &mut Buffer<f32>,
@@ -30,9 +46,10 @@ impl<T: Format> DeviceDecoder<T> {
             let layer = tape.layers.len();
             let inside = match inside {
                 Some(inside) => inside,
-                None => self.again(layer, batch, &input, &mut again)?,
+                None => self.again(layer, batch, prefix.as_deref_mut(), &input, &mut again)?,
             };
-            self.layer_backward(layer, batch, &input, inside, &mut grad_x, gradients)?;
+            let prefix = prefix.as_deref_mut();
+            self.layer_backward(layer, batch, prefix, &input, inside, &mut grad_x, gradients)?;
         }
         let table = gradients.slice_mut(self.layout.embedding.clone())?;
         embedding::add_rows(&self.device, Slice::from(&grad_x), &runs, table, self.config.hidden_size)
@@ -43,6 +60,7 @@ impl<T: Format> DeviceDecoder<T> {
         &self,
         layer: usize,
         batch: &Batch,
+        prefix: Option<&mut DevicePrefix<T>>,
         input: &Buffer<f32>,
         buffers: &mut Option<super::Work<T>>,
     ) -> Result<Inside<T>> {
@@ -51,7 +69,9 @@ impl<T: Format> DeviceDecoder<T> {
             None => self.work(batch.rows())?,
         };
         let rotary = self.rotary(layer, &batch.angles, batch.positions.view())?;
-        let mut attend = WithinForest::new(self, batch)?;
+        // The prefix's keys and values are kept already.
+        let prefix = prefix.filter(|_| batch.seen.is_some());
+        let mut attend = WithinForest::new(self, batch, prefix)?;
         let inside = self.layer_on_tape(layer, &rotary, &mut self.copy_of(input)?, &mut work, &mut attend)?;
         *buffers = Some(work);
         Ok(inside)
@@ -61,6 +81,7 @@ impl<T: Format> DeviceDecoder<T> {
         &self,
         layer: usize,
         batch: &Batch,
+        prefix: Option<&mut DevicePrefix<T>>,
         input: &Buffer<f32>,
         mut inside: Inside<T>,
         grad_x: &mut Buffer<f32>,
@@ -76,7 +97,7 @@ impl<T: Format> DeviceDecoder<T> {
         }
         let grad_attended: Buffer<T> = self.input_gradient(&grad_out, &at.output)?;
         drop(grad_out);
-        let grad_qkv = self.attention_backward(batch, &inside, &grad_attended)?;
+        let grad_qkv = self.attention_backward(layer, batch, prefix, &inside, &grad_attended)?;
         let grad_qkv = self.unturned(layer, batch, &inside, &grad_qkv, gradients)?;
         let normed = self.normed(input, &at.input_norm)?;
         self.weight_gradient(&grad_qkv, &normed, &at.qkv, gradients)?;
@@ -114,7 +135,9 @@ impl<T: Format> DeviceDecoder<T> {
     /// Gradients of rotated queries and keys and of values.
     fn attention_backward(
         &self,
+        layer: usize,
         batch: &Batch,
+        mut prefix: Option<&mut DevicePrefix<T>>,
         inside: &Inside<T>,
         grad_attended: &Buffer<T>,
     ) -> Result<Buffer<f32>> {
@@ -123,7 +146,17 @@ impl<T: Format> DeviceDecoder<T> {
         let mut grad_qkv = allocate(inside.qkv.len())?;
         let mut deltas = allocate(tables.statistics(geometry))?;
         let mut partial_sums = allocate(tables.partial_sums(geometry))?;
-        let inputs = ForestInputs { qkv: Slice::from(&inside.qkv), prefix: None };
+        let (mut seen, mut sums, mut carried) = (None, None, None);
+        match (&batch.seen, prefix.as_deref_mut()) {
+            (_, None) => {}
+            (Some(rows), Some(prefix)) => {
+                seen = Some(prefix.seen(self, layer, rows)?);
+                sums = Some(prefix.sums(self, layer, rows)?);
+            }
+            (None, Some(prefix)) => carried = prefix.carried(layer),
+        }
+        let seen = seen.as_ref().map(|seen| seen.as_prefix(self)).transpose()?.flatten();
+        let inputs = ForestInputs { qkv: Slice::from(&inside.qkv), prefix: seen };
         let saved = ForestSaved {
             out: Slice::from(&inside.attended),
             grad_out: grad_attended.into(),
@@ -131,12 +164,15 @@ impl<T: Format> DeviceDecoder<T> {
         };
         let mut targets = ForestGradients {
             qkv: SliceMut::from(&mut grad_qkv),
-            prefix: None,
-            carried: None,
+            prefix: sums.as_mut().map(SliceMut::from),
+            carried,
             deltas: SliceMut::from(&mut deltas),
             partial_sums: SliceMut::from(&mut partial_sums),
         };
         self.attention.forest_backward(tables, &inputs, &saved, &mut targets)?;
+        if let (Some(rows), Some(prefix), Some(sums)) = (&batch.seen, prefix, sums) {
+            prefix.set_sums(self, layer, rows, &sums)?;
+        }
         Ok(grad_qkv)
     }
 

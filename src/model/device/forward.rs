@@ -1,6 +1,6 @@
 //! The forward pass over packed rows, for training, scoring and sampling.
 
-use super::{DeviceDecoder, Format};
+use super::{DeviceDecoder, DevicePrefix, Format};
 use crate::cuda::attention::{ForestInputs, ForestTables};
 use crate::cuda::embedding;
 use crate::cuda::forest::{ForestPlan, Planning};
@@ -24,10 +24,12 @@ pub struct Batch {
     pub(crate) ids: Indices,
     pub(crate) positions: Indices,
     pub(crate) angles: Arc<Buffer<f32>>,
-    /// The token of each packed row, for the embedding's gradient.
+    /// The token of each packed row that is computed, for the embedding's gradient.
     pub(super) tokens: Vec<u32>,
-    /// For each of the forest's rows, the packed row where it lies.
+    /// For each of the forest's rows that are computed, the packed row where it lies.
     places: Vec<u32>,
+    /// Of a part of a schedule: the packed rows of the prefix that it sees.
+    pub(super) seen: Option<Vec<Range<usize>>>,
 }
 
 impl Batch {
@@ -36,7 +38,7 @@ impl Batch {
         self.plan.rows()
     }
 
-    /// The packed rows at which some of the forest's rows lie.
+    /// The packed rows at which some of the forest's rows lie; those of a part count from behind its path.
     pub fn places(&self, rows: &[usize]) -> Vec<u32> {
         rows.iter().map(|row| self.places[*row]).collect()
     }
@@ -109,34 +111,49 @@ pub trait Attend<T: Element> {
     ) -> Result<()>;
 }
 
-/// Rows of a forest that see each other.
+/// Rows of a forest that see each other, and those of a prefix.
 pub(super) struct WithinForest<'a, T> {
-    pub(super) decoder: &'a DeviceDecoder<T>,
-    pub(super) tables: &'a ForestTables,
+    decoder: &'a DeviceDecoder<T>,
+    batch: &'a Batch,
+    prefix: Option<&'a mut DevicePrefix<T>>,
     pub(super) log_sums: Buffer<f32>,
 }
 
 impl<'a, T: Format> WithinForest<'a, T> {
-    pub(super) fn new(decoder: &'a DeviceDecoder<T>, batch: &'a Batch) -> Result<Self> {
+    /// `prefix` is read by a part, and filled by a pass that is not one.
+    pub(super) fn new(
+        decoder: &'a DeviceDecoder<T>,
+        batch: &'a Batch,
+        prefix: Option<&'a mut DevicePrefix<T>>,
+    ) -> Result<Self> {
         let count = batch.tables.statistics(decoder.config.geometry());
         let log_sums = decoder.device.allocate("log-sums", count)?;
-        Ok(Self { decoder, tables: &batch.tables, log_sums })
+        Ok(Self { decoder, batch, prefix, log_sums })
     }
 }
 
 impl<T: Format> Attend<T> for WithinForest<'_, T> {
     fn attend(
         &mut self,
-        _: usize,
+        layer: usize,
         rotary: &Rotary<T>,
         before: Option<Slice<T>>,
         qkv: &mut Buffer<T>,
         attended: &mut Buffer<T>,
     ) -> Result<()> {
         rotary.forward(&self.decoder.device, before, qkv.into())?;
-        let inputs = ForestInputs { qkv: Slice::from(&*qkv), prefix: None };
+        let seen = match (&self.batch.seen, self.prefix.as_deref_mut()) {
+            (_, None) => None,
+            (Some(rows), Some(prefix)) => Some(prefix.seen(self.decoder, layer, rows)?),
+            (None, Some(prefix)) => {
+                prefix.keep(self.decoder, qkv)?;
+                None
+            }
+        };
+        let prefix = seen.as_ref().map(|seen| seen.as_prefix(self.decoder)).transpose()?.flatten();
+        let inputs = ForestInputs { qkv: Slice::from(&*qkv), prefix };
         let (out, log_sums) = (&mut SliceMut::from(attended), &mut SliceMut::from(&mut self.log_sums));
-        self.decoder.attention.forest(self.tables, &inputs, out, log_sums)
+        self.decoder.attention.forest(&self.batch.tables, &inputs, out, log_sums)
     }
 }
 
@@ -147,19 +164,42 @@ impl<T: Format> DeviceDecoder<T> {
     /// When a path is longer than the model's positions, a token is outside its vocabulary, there are too many rows, or
     /// the device has no room.
     pub fn batch(&self, forest: &Forest) -> std::result::Result<Batch, ModelError> {
+        self.batch_behind_first(forest, 0)
+    }
+
+    /// The same for a part of a schedule: a forest that begins with a path of the prefix's segments, which are not computed
+    /// again.
+    ///
+    /// # Errors
+    /// As [`DeviceDecoder::batch`].
+    pub fn batch_behind(
+        &self,
+        forest: &Forest,
+        prefix: &DevicePrefix<T>,
+        path: &[usize],
+    ) -> std::result::Result<Batch, ModelError> {
+        let batch = self.batch_behind_first(forest, path.len())?;
+        Ok(Batch { seen: Some(prefix.rows_of(path)), ..batch })
+    }
+
+    fn batch_behind_first(&self, forest: &Forest, prefix: usize) -> std::result::Result<Batch, ModelError> {
         self.config.check(forest.ids(), forest.longest_path())?;
         let kv_heads = self.config.kv_heads;
-        let planning = Planning { prefix: 0, kv_heads, batch_invariant: self.batch_invariant };
+        let planning = Planning { prefix, kv_heads, batch_invariant: self.batch_invariant };
         let plan = ForestPlan::new(forest, planning)?;
-        let ids: Vec<u32> = plan.packed.sources().map(|row| forest.ids()[row]).collect();
-        let positions: Vec<u32> = plan.packed.positions().map(|position| position as u32).collect();
+        // Rows of the first segments are the first ones in both orders.
+        let first = plan.prefix_rows;
+        let ids: Vec<u32> = plan.packed.sources().skip(first).map(|row| forest.ids()[row]).collect();
+        let positions = plan.packed.positions().skip(first).map(|position| position as u32);
+        let positions: Vec<u32> = positions.collect();
         Ok(Batch {
             tables: ForestTables::upload(&self.device, &plan)?,
             ids: Indices::upload(&self.device, "tokens", &ids)?,
             tokens: ids,
             positions: Indices::upload(&self.device, "positions", &positions)?,
             angles: self.angles(forest.longest_path())?,
-            places: plan.packed.places(),
+            places: plan.packed.places().iter().skip(first).map(|place| place - first as u32).collect(),
+            seen: None,
             plan,
         })
     }
@@ -168,10 +208,23 @@ impl<T: Format> DeviceDecoder<T> {
     ///
     /// # Errors
     /// When the device has no room or has failed.
-    pub fn forward(&self, batch: &Batch, mut tape: Option<&mut DeviceTape<T>>) -> Result<Buffer<f32>> {
+    pub fn forward(&self, batch: &Batch, tape: Option<&mut DeviceTape<T>>) -> Result<Buffer<f32>> {
+        self.forward_in_schedule(batch, None, tape)
+    }
+
+    /// The same for a part of a schedule, or for its prefix, whose keys and values `prefix` then takes.
+    ///
+    /// # Errors
+    /// As [`DeviceDecoder::forward`].
+    pub fn forward_in_schedule(
+        &self,
+        batch: &Batch,
+        prefix: Option<&mut DevicePrefix<T>>,
+        mut tape: Option<&mut DeviceTape<T>>,
+    ) -> Result<Buffer<f32>> {
         let mut x = self.embed(batch.ids.view())?;
         let mut work = self.work(batch.rows())?;
-        let mut attend = WithinForest::new(self, batch)?;
+        let mut attend = WithinForest::new(self, batch, prefix)?;
         for layer in 0..self.config.layers {
             let rotary = self.rotary(layer, &batch.angles, batch.positions.view())?;
             match tape.as_deref_mut() {

@@ -8,8 +8,10 @@
 mod backward;
 mod forward;
 mod head;
+mod prefix;
 
 pub use forward::{Attend, Batch, DeviceTape, Work};
+pub use prefix::DevicePrefix;
 
 use super::layout::Layout;
 use super::{Decoder, DecoderConfig, Dtype, ModelError};
@@ -216,6 +218,11 @@ impl<T: Format> DeviceDecoder<T> {
     /// Bytes that a tape holds for each token of a forward pass, unless layers are computed again.
     pub fn tape_bytes_per_token(&self) -> usize {
         self.config.device_tape_bytes(size_of::<T>())
+    }
+
+    /// Bytes that a tape holds for each token where layers are computed again: their inputs.
+    pub fn input_bytes_per_token(&self) -> usize {
+        self.config.layers * self.config.hidden_size * size_of::<f32>()
     }
 
     fn weight(&self, range: &Range<usize>) -> Result<Slice<'_, T>> {

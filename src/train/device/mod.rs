@@ -11,7 +11,7 @@ use super::trainer::{TrainError, TrainerState, UpdateStats, UpdateTimes};
 use crate::config::OptimizerConfig;
 use crate::cuda::{Buffer, Device, SliceMut};
 use crate::model::device::{DeviceDecoder, Format};
-use crate::model::{Decoder, ModelError, on_device};
+use crate::model::{Decoder, ModelError, Schedule, on_device};
 use crate::time::Time;
 use pass::{Marks, Pass};
 use store::Store;
@@ -33,7 +33,7 @@ pub(in crate::train) struct DeviceTrainer {
 struct Limits {
     /// Micro-batches of more tokens compute their layers again in the backward pass.
     tokens_on_tape: u64,
-    /// Micro-batches of more tokens are split.
+    /// Micro-batches of more tokens run by schedule, so many at a time.
     tokens: usize,
 }
 
@@ -136,22 +136,29 @@ impl DeviceTrainer {
         activation_bytes: Option<u64>,
     ) -> Result<(Totals, [f64; 2]), ModelError> {
         SliceMut::from(&mut self.gradients).fill_with_zeros()?;
-        let (mut totals, mut marks) = (Totals::default(), Vec::with_capacity(batches.len()));
+        let (mut totals, mut marks) = (Totals::default(), Marks::default());
+        let tokens = self.tokens_at_a_time(pass.decoder, activation_bytes);
         for batch in batches {
-            let parts = batch.split(self.limits.tokens);
-            for batch in parts.iter() {
-                let recompute = self.recomputes(pass.decoder, batch, activation_bytes)?;
-                let (sums, mark) = pass.accumulate(batch, recompute, &mut self.gradients)?;
-                totals.absorb(&sums);
-                marks.push(mark);
+            let recompute = self.recomputes(pass.decoder, batch, activation_bytes)?;
+            for schedule in Schedule::of(&batch.forest, tokens) {
+                let gradients = &mut self.gradients;
+                totals.absorb(&pass.accumulate(batch, &schedule, recompute, gradients, &mut marks)?);
             }
         }
-        let mut seconds = [0.0; 2];
-        for Marks { start, middle, end } in &marks {
-            seconds[0] += f64::from(middle.milliseconds_since(start)?) / 1e3;
-            seconds[1] += f64::from(end.milliseconds_since(middle)?) / 1e3;
-        }
-        Ok((totals, seconds))
+        Ok((totals, marks.seconds()?))
+    }
+
+    /// Micro-batches of more tokens run by schedule: those that have run out of memory, and those whose layers' inputs alone
+    /// are more than activations may take. What is free at the moment decides nothing here, since it would decide the order of
+    /// sums.
+    fn tokens_at_a_time<T: Format>(
+        &self,
+        decoder: &DeviceDecoder<T>,
+        activation_bytes: Option<u64>,
+    ) -> usize {
+        let allowed = activation_bytes.map(|bytes| bytes / decoder.input_bytes_per_token().max(1) as u64);
+        let allowed = allowed.and_then(|tokens| usize::try_from(tokens).ok());
+        self.limits.tokens.min(allowed.unwrap_or(usize::MAX))
     }
 
     /// Whether the tape of a micro-batch would take too much.
