@@ -161,7 +161,7 @@ fn every_pipeline_that_comes_along_can_be_planned() {
             eprintln!("SKIPPED: the inputs of {} are not here; only its keys are checked", path.display());
             continue;
         }
-        let planned = rpt(["run", path.to_str().unwrap(), "--dry-run"]);
+        let planned = rpt(["plan", path.to_str().unwrap()]);
         assert!(planned.status.success(), "{}: {}", path.display(), stderr(&planned));
         assert!(stdout(&planned).starts_with(&format!("run {}", loaded.name)));
     }

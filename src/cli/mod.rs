@@ -12,6 +12,7 @@ mod input;
 mod inspect;
 mod logprobs;
 mod output;
+mod plan;
 mod prepare;
 mod report;
 mod rollout;
@@ -48,6 +49,11 @@ enum Command {
     /// checkpoint with exit code 75; a second signal ends it at once.
     #[command(after_help = help("rpt run pipelines/quickstart.toml --set train.steps=20"))]
     Run(run::Arguments),
+    /// Print what a run would do and what training would hold in memory, and touch nothing
+    ///
+    /// Resolves and checks everything. Of a model on the Hub the configuration is fetched.
+    #[command(after_help = help("rpt plan pipelines/quickstart.toml --set model.device=cuda"))]
+    Plan(plan::Arguments),
     /// Run a pipeline until its tasks are built, by one worker or by many
     ///
     /// The corpus is cut into units by the footers of its files, so every worker finds the same. Workers share
@@ -109,6 +115,7 @@ impl Command {
     fn execute(&self) -> anyhow::Result<()> {
         match self {
             Self::Run(arguments) => arguments.execute(Until::End),
+            Self::Plan(arguments) => arguments.execute(),
             Self::Prepare(arguments) => arguments.execute(),
             Self::Train(arguments) => arguments.execute(Until::Train),
             Self::Eval(arguments) => arguments.execute(),

@@ -1,6 +1,6 @@
 //! `rpt run` and `rpt train`: a pipeline up to some stage.
 
-use super::output;
+use super::{output, plan};
 use anyhow::Context;
 use rpt::config::Loaded;
 use rpt::pipeline::{self, RunOptions, RunOutcome, Until};
@@ -38,8 +38,7 @@ impl Arguments {
     pub(super) fn execute(&self, until: Until) -> anyhow::Result<()> {
         let loaded = self.load()?;
         if self.dry_run {
-            let plan = pipeline::plan(&loaded)?;
-            return if self.json { output::json(&plan) } else { output::line(plan.to_string().trim_end()) };
+            return plan::print(&loaded, self.json);
         }
         let options = RunOptions { out: self.out.clone(), until };
         let outcome = pipeline::run(&loaded, &options, &interrupt_flag()?)?;
