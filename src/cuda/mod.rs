@@ -37,10 +37,10 @@ pub mod module;
 pub mod norm;
 pub mod optimizer;
 pub mod paged;
-pub mod positions;
 pub mod quantized;
 pub mod reduce;
 pub mod rotary;
+pub mod row_scores;
 pub mod sampling;
 pub mod swiglu;
 

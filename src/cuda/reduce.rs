@@ -52,31 +52,6 @@ pub fn add_partial_sums(device: &Device, partial: Slice<f32>, target: SliceMut<f
     unsafe { launch.write(target).launch() }
 }
 
-/// target += source.
-///
-/// # Errors
-/// When lengths differ, or the device has failed.
-pub fn add(device: &Device, target: SliceMut<f32>, source: Slice<f32>) -> Result<()> {
-    let length = source.len();
-    same_length("elements to add", target.len(), length)?;
-    let kernel = device.kernel("add_elements")?;
-    let launch = kernel.with(element_wise(length)).write(target).read(source);
-    // SAFETY: the parameters are those of the kernel; lengths were checked.
-    unsafe { launch.value(length as u64).launch() }
-}
-
-/// values *= factor.
-///
-/// # Errors
-/// When the device has failed.
-pub fn scale(device: &Device, values: SliceMut<f32>, factor: f32) -> Result<()> {
-    let length = values.len();
-    let kernel = device.kernel("scale_elements")?;
-    let launch = kernel.with(element_wise(length)).write(values).value(factor);
-    // SAFETY: the parameters are those of the kernel, which touches no more than `length` elements.
-    unsafe { launch.value(length as u64).launch() }
-}
-
 /// to = from, rounded or widened where their types differ.
 ///
 /// # Errors

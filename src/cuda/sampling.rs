@@ -158,50 +158,6 @@ pub fn sample(
     unsafe { launch.launch() }
 }
 
-/// The tokens of all replies, `[replies, capacity]`, and their log-probabilities as in [`Drawn`].
-#[derive(Debug)]
-pub struct Records {
-    /// The tokens.
-    pub tokens: Buffer<u32>,
-    /// Under the model at temperature 1.
-    pub logprobs: Buffer<f32>,
-    /// Under the tempered model.
-    pub policy_logprobs: Buffer<f32>,
-    /// Under the distribution that the token was drawn from.
-    pub sampling_logprobs: Buffer<f32>,
-    capacity: usize,
-}
-
-impl Records {
-    /// Of so many replies with up to `capacity` tokens.
-    ///
-    /// # Errors
-    /// As [`Device::zeroed`].
-    pub fn new(device: &Device, replies: usize, capacity: usize) -> Result<Self> {
-        let count = replies.saturating_mul(capacity);
-        let floats = || device.zeroed("log-probabilities of replies", count);
-        Ok(Self {
-            tokens: device.zeroed("tokens of replies", count)?,
-            logprobs: floats()?,
-            policy_logprobs: floats()?,
-            sampling_logprobs: floats()?,
-            capacity,
-        })
-    }
-
-    /// The most tokens of a reply.
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    fn check(&self, named: IndexSlice) -> Result<()> {
-        let logprobs = [&self.logprobs, &self.policy_logprobs, &self.sampling_logprobs];
-        let lengths = logprobs.map(Buffer::len).into_iter().chain([self.tokens.len()]);
-        let capacity = self.capacity.max(1);
-        lengths.into_iter().try_for_each(|length| named.check("records of replies", length / capacity))
-    }
-}
-
 /// Where replies begin and end.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds<'a> {
@@ -213,13 +169,15 @@ pub struct Bounds<'a> {
     pub page_table: Slice<'a, u32>,
     /// Pages of a reply.
     pub pages_per_reply: usize,
+    /// The most tokens of a reply.
+    pub capacity: usize,
 }
 
 impl Bounds<'_> {
-    fn check(&self, named: IndexSlice, capacity: usize) -> Result<()> {
+    fn check(&self, named: IndexSlice) -> Result<()> {
         named.check("starts of replies", self.starts.len())?;
         // The last token of a reply is in no page.
-        room("pages of a reply", capacity.saturating_sub(1).div_ceil(PAGE), self.pages_per_reply)?;
+        room("pages of a reply", self.capacity.saturating_sub(1).div_ceil(PAGE), self.pages_per_reply)?;
         named.check("pages of replies", self.page_table.len() / self.pages_per_reply.max(1))
     }
 }
@@ -257,43 +215,38 @@ impl NextRows {
     }
 }
 
-/// Appends the drawn token of each row to the record of its reply, another one in every row, unless that has ended; ends replies that drew an end token or
-/// are as long as their record, and says what comes next. A reply that ends attends to what is in the cache; later launches
-/// change nothing of it.
+/// Counts the drawn token of each row as its reply's, another one in every row, unless that has ended; ends replies that drew
+/// an end token or are as long as may be, and says what comes next. A reply that ends attends to what is in the cache; later
+/// launches change nothing of it.
 ///
 /// # Errors
 /// When lengths or replies do not fit, or the device has failed.
 ///
 /// # Safety
-/// The length of every reply that is [`LIVE`] must be below the capacity of its record, in every replay too; so it is after
-/// this function where it was before.
+/// The length of every reply that is [`LIVE`] must be below the capacity, in every replay too; so it is after this function
+/// where it was before.
 pub unsafe fn advance(
     device: &Device,
     rows: IndexSlice,
     drawn: &Drawn,
     bounds: Bounds,
     replies: &mut Replies,
-    records: &mut Records,
     next: &mut NextRows,
 ) -> Result<()> {
-    let (name, count, capacity) = ("advance_replies", rows.len(), records.capacity);
+    let (name, count) = ("advance_replies", rows.len());
     drawn.check(count)?;
     next.check(count)?;
     replies.check(rows)?;
-    records.check(rows)?;
-    bounds.check(rows, capacity)?;
+    bounds.check(rows)?;
     let kernel = device.kernel(name)?;
     let launch = kernel.with(Shape::of(count.div_ceil(ADVANCE_THREADS), ADVANCE_THREADS)).read(rows);
-    let launch = launch.read(&drawn.tokens).read(&drawn.logprobs).read(&drawn.policy_logprobs);
-    let launch = launch.read(&drawn.sampling_logprobs).read(bounds.end_tokens);
-    let launch = launch.value(side(name, bounds.end_tokens.len())?).value(side(name, capacity)?);
+    let launch = launch.read(&drawn.tokens).read(bounds.end_tokens);
+    let launch = launch.value(side(name, bounds.end_tokens.len())?).value(side(name, bounds.capacity)?);
     let launch = launch.read(bounds.starts).read(bounds.page_table);
-    let launch = launch.value(side(name, bounds.pages_per_reply)?).write(&mut records.tokens);
-    let launch = launch.write(&mut records.logprobs).write(&mut records.policy_logprobs);
-    let launch = launch.write(&mut records.sampling_logprobs).write(&mut replies.lengths);
+    let launch = launch.value(side(name, bounds.pages_per_reply)?).write(&mut replies.lengths);
     let launch = launch.write(&mut replies.finishes).write(&mut next.ids).write(&mut next.positions);
     let launch = launch.write(&mut next.slots).write(&mut next.lengths).value(side(name, count)?);
-    // SAFETY: the parameters are those of the kernel; that records have room for one more token is the caller's promise,
+    // SAFETY: the parameters are those of the kernel; that a reply has a page for its next token is the caller's promise,
     // everything else was checked.
     unsafe { launch.launch() }
 }

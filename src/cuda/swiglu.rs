@@ -37,7 +37,7 @@ pub fn backward<T: Element>(
     room("gate and up rows", grad_out.len().saturating_mul(2), gate_up.len())?;
     activated.as_ref().map_or(Ok(()), |rows| room("activated rows", grad_out.len(), rows.len()))?;
     let kernel = device.kernel(&name)?;
-    let launch = kernel.with(shape::<T>(rows, inner)).missing().read(grad_out).write(gate_up);
+    let launch = kernel.with(shape::<T>(rows, inner)).read(grad_out).write(gate_up);
     // SAFETY: the parameters are those of the kernel; lengths were checked.
     unsafe { launch.write_optional(activated).value(side(&name, inner)?).launch() }
 }

@@ -161,7 +161,7 @@ fn forest_on_device<T: crate::model::device::Format>(
     top_k: usize,
     flops: &mut u64,
 ) -> Result<Vec<PositionScore>, ModelError> {
-    use crate::cuda::{Indices, Slice, positions};
+    use crate::cuda::{Indices, Slice, row_scores};
     if forest.ids().is_empty() {
         return Ok(Vec::new());
     }
@@ -175,9 +175,9 @@ fn forest_on_device<T: crate::model::device::Format>(
         let places = Indices::upload(device, "rows to score", places)?;
         let nexts = Indices::upload(device, "tokens to score", nexts)?;
         let logits = decoder.logits(&x, places.view())?;
-        let found = positions::score(device, Slice::from(&logits), vocabulary, nexts.view(), top_k)?;
+        let found = row_scores::score(device, Slice::from(&logits), vocabulary, nexts.view(), top_k)?;
         let (entropies, tops) = (found.entropies.download()?, found.tops.download()?);
-        let probabilities = found.truth_probabilities.download()?;
+        let probabilities = found.target_probabilities.download()?;
         let found = entropies.into_iter().zip(probabilities).zip(tops);
         scores.extend(found.map(|((entropy, truth_probability), proxy_top)| PositionScore {
             entropy,

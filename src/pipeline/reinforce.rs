@@ -80,6 +80,7 @@ impl Group {
 struct Costs {
     flops: u64,
     sampled_tokens: u64,
+    retries: u64,
     unique_prompt_tokens: u64,
     rollout: f64,
     reward: f64,
@@ -193,6 +194,7 @@ impl<'run> Reinforcement<'run> {
         let generation = engine.generate(&prompts, run.pipeline.rollout.samples_per_task)?;
         costs.flops += generation.flops;
         costs.sampled_tokens += generation.sampled_tokens;
+        costs.retries += generation.retries;
         costs.unique_prompt_tokens += generation.unique_prompt_tokens;
         let mut groups = Vec::with_capacity(tasks.len());
         for ((task, prompt), rollouts) in tasks.into_iter().zip(prompts).zip(generation.groups) {
@@ -360,6 +362,9 @@ impl<'run> Reinforcement<'run> {
         if stats.totals.policy_tokens > 0 {
             set_update_figures(&mut metrics, stats);
         }
+        if costs.retries + stats.retries > 0 {
+            metrics.set("out_of_memory_retries", costs.retries + stats.retries);
+        }
         for (name, count) in outcomes {
             metrics.set(format!("outcome/{name}"), count);
         }
@@ -446,9 +451,6 @@ fn set_update_figures(metrics: &mut Metrics, stats: &UpdateStats) {
     metrics.set("logprob_gap/mean", totals.mean_gap());
     metrics.set("logprob_gap/large", per_token(totals.large_mismatches as f64));
     metrics.set("mismatched_tokens", totals.mismatched);
-    if stats.retries > 0 {
-        metrics.set("out_of_memory_retries", stats.retries);
-    }
     metrics.set("clipped", per_token(totals.clipped as f64));
     metrics.set("kl", per_token(totals.kl));
 }

@@ -77,14 +77,16 @@ fn supervised_step(stage: &mut Stage<Cursor>, examples: &mut impl Examples) -> R
     stage.state.flops += stats.totals.flops;
     stage.state.tokens += batches.iter().map(|batch| batch.forest.ids().len() as u64).sum::<u64>();
     stage.state.source = examples.cursor();
-    stage.metrics.write(
-        &Metrics::new(stage.name, stage.state.step)
-            .with("loss", stats.totals.likelihood_loss)
-            .with("gradient_norm", stats.gradient_norm)
-            .with("learning_rate", stats.learning_rate)
-            .with("tokens", stats.totals.likelihood_tokens)
-            .with("seconds/update", start.elapsed().as_secs_f64()),
-    )?;
+    let mut metrics = Metrics::new(stage.name, stage.state.step)
+        .with("loss", stats.totals.likelihood_loss)
+        .with("gradient_norm", stats.gradient_norm)
+        .with("learning_rate", stats.learning_rate)
+        .with("tokens", stats.totals.likelihood_tokens)
+        .with("seconds/update", start.elapsed().as_secs_f64());
+    if stats.retries > 0 {
+        metrics.set("out_of_memory_retries", stats.retries);
+    }
+    stage.metrics.write(&metrics)?;
     Ok(stats.totals.likelihood_loss)
 }
 

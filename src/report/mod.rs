@@ -15,7 +15,7 @@
 //! | `gradient_norm` | global norm of the gradient before clipping |
 //! | `logprob_gap` | largest difference between the engine's and the trainer's log-probability |
 //! | `logprob_gap/mean`, `logprob_gap/large` | its mean over the tokens, and the share of tokens above 0.01 |
-//! | `out_of_memory_retries` | updates begun again with smaller micro-batches |
+//! | `out_of_memory_retries` | updates and rollouts begun again with less memory (absent where there are none) |
 //! | `outcome/NAME` | rollouts with that outcome (a count or a share: the chart normalises) |
 //! | `seconds/PHASE` | wall-clock seconds of a phase of the step |
 //!

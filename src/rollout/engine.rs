@@ -62,6 +62,8 @@ pub struct Generation {
     pub sampled_tokens: u64,
     /// Floating-point operations, counted from shapes.
     pub flops: u64,
+    /// How often a device began again with less, since its memory did not suffice.
+    pub retries: u64,
     /// Thread-seconds in prefill and in decoding.
     pub seconds: (f64, f64),
 }
@@ -73,6 +75,7 @@ impl Generation {
         self.repeated_prompt_tokens += other.repeated_prompt_tokens;
         self.sampled_tokens += other.sampled_tokens;
         self.flops += other.flops;
+        self.retries += other.retries;
         self.seconds.0 += other.seconds.0;
         self.seconds.1 += other.seconds.1;
     }
@@ -198,6 +201,7 @@ impl Engine<'_> {
             repeated_prompt_tokens: prompts.iter().map(|prompt| (prompt.len() * samples) as u64).sum(),
             sampled_tokens: sampled,
             flops: workspace.flops,
+            retries: 0,
             seconds: ((middle - start).as_secs_f64(), middle.elapsed().as_secs_f64()),
         })
     }

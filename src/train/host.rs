@@ -1,8 +1,9 @@
 //! The trainer on the CPU: micro-batches are dealt to gradient buffers that are summed in order.
 
 use super::batch::MicroBatch;
+use super::machine::MachineStore;
 use super::objective::{Objective, Totals};
-use super::optimizer::{Optimizer, OptimizerError, ParameterGroup, StepStats};
+use super::optimizer::{OptimizerError, ParameterGroup, StepStats};
 use super::step::Step;
 use super::trainer::{TrainError, TrainerState, UpdateStats, UpdateTimes};
 use crate::config::OptimizerConfig;
@@ -13,7 +14,6 @@ use crate::model::{
 };
 use crate::time::Time;
 use rayon::prelude::*;
-use std::borrow::Cow;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -27,9 +27,7 @@ const ACTIVATION_BYTES: u64 = 2 << 30;
 
 /// Parameters, gradients and the optimiser in the machine's memory.
 pub(super) struct HostTrainer {
-    /// The parameters in full precision, which the decoder's are rounded from after every update.
-    parameters: Vec<f32>,
-    optimizer: Optimizer,
+    store: MachineStore,
     lanes: Vec<Lane>,
     /// Buffers that no lane is using: as many come to be as lanes ever ran at a time.
     spare: Mutex<Vec<Buffers>>,
@@ -98,11 +96,14 @@ impl HostTrainer {
         config: &OptimizerConfig,
         steps: u64,
     ) -> Result<Self, OptimizerError> {
-        let optimizer = Optimizer::new(config, groups, steps)?;
         let lanes = (0..Self::gradient_buffers(decoder.layout().len()))
             .map(|_| Lane { gradients: vec![0.0; parameters.len()], seconds: (0.0, 0.0) })
             .collect();
-        Ok(Self { parameters, optimizer, lanes, spare: Mutex::default() })
+        Ok(Self {
+            store: MachineStore::new(parameters, groups, config, steps)?,
+            lanes,
+            spare: Mutex::default(),
+        })
     }
 
     /// Gradient buffers for a number of parameters.
@@ -111,12 +112,7 @@ impl HostTrainer {
     }
 
     pub(super) fn state(&self) -> TrainerState<'_> {
-        let optimizer = self.optimizer.state().into_iter();
-        TrainerState {
-            parameters: Cow::Borrowed(&self.parameters),
-            optimizer: optimizer.map(|(name, values)| (name, Cow::Borrowed(values))).collect(),
-            updates: self.optimizer.step_count(),
-        }
+        self.store.state()
     }
 
     pub(super) fn restore<E>(
@@ -124,8 +120,7 @@ impl HostTrainer {
         updates: u64,
         read: &mut impl FnMut(&str, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), E> {
-        self.optimizer.set_step_count(updates);
-        self.optimizer.state_mut().into_iter().try_for_each(|(name, values)| read(&name, values))
+        self.store.restore(updates, read)
     }
 
     pub(super) fn update(
@@ -158,7 +153,7 @@ impl HostTrainer {
         for part in parts {
             totals.absorb(&part?);
         }
-        totals.check(self.optimizer.step_count())?;
+        totals.check(self.store.updates())?;
         let (stats, optimizer) = Time::of(|| self.step(decoder));
         let StepStats { gradient_norm, learning_rate, .. } = stats?;
         let seconds = self.lanes.iter().map(|lane| lane.seconds);
@@ -170,18 +165,12 @@ impl HostTrainer {
 
     /// Moves the parameters by the lanes' gradients.
     fn step(&mut self, decoder: &mut Decoder) -> Result<StepStats, TrainError> {
-        let update = self.optimizer.step_count();
         let (first, others) = self.lanes.split_at_mut(1);
         for lane in others {
             add(&mut first[0].gradients, &lane.gradients);
         }
-        let (optimizer, gradients) = (&mut self.optimizer, &first[0].gradients);
-        let stats = optimizer.step(&mut self.parameters, gradients)?;
-        let count = self.parameters.iter().filter(|value| !value.is_finite()).count();
-        if count > 0 {
-            return Err(TrainError::NonFiniteWeights { update, count });
-        }
-        decoder.set_parameters(&self.parameters);
+        let stats = self.store.step(&first[0].gradients)?;
+        decoder.set_parameters(self.store.parameters());
         Ok(stats)
     }
 }

@@ -8,6 +8,7 @@ mod batch;
 mod device;
 mod host;
 pub mod loss;
+mod machine;
 mod objective;
 pub mod optimizer;
 pub mod schedule;

@@ -1,6 +1,6 @@
 //! What the loss makes of the scores of targets, and its sums over an update.
 
-use super::batch::{Component, MicroBatch};
+use super::batch::Component;
 use super::loss::{PolicyLoss, PolicyToken};
 use super::trainer::TrainError;
 use crate::model::{TokenGradient, TokenScore};
@@ -120,12 +120,4 @@ impl Totals {
         self.mismatch += f64::from(mismatch);
         self.large_mismatches += u64::from(mismatch > LARGE_MISMATCH);
     }
-}
-
-/// The forest's row behind which each target stands, and its token. A target without a token before it has none.
-pub(super) fn rows_and_tokens(batch: &MicroBatch) -> (Vec<usize>, Vec<u32>) {
-    let place = |target: &super::batch::Target| {
-        Some((batch.forest.row_before(target.segment, target.at)?, target.token))
-    };
-    batch.targets.iter().filter_map(place).unzip()
 }

@@ -1,7 +1,6 @@
 //! What a trainer computes at a time of a micro-batch that runs by schedule.
 
-use super::batch::MicroBatch;
-use super::objective::rows_and_tokens;
+use super::batch::{MicroBatch, Target};
 use crate::model::Schedule;
 
 /// Segments of a micro-batch that are computed together: the prefix of a schedule, or one of its parts.
@@ -34,8 +33,11 @@ impl Step {
 
     fn new(batch: MicroBatch, path: Vec<usize>) -> Self {
         let start = batch.forest.rows_of_first(path.len());
-        let (rows, tokens) = rows_and_tokens(&batch);
-        let rows = rows.into_iter().map(|row| row - start).collect();
+        // An excerpt's targets have rows behind its path.
+        let place = |target: &Target| {
+            Some((batch.forest.row_before(target.segment, target.at)? - start, target.token))
+        };
+        let (rows, tokens) = batch.targets.iter().filter_map(place).unzip();
         Self { batch, path, start, rows, tokens }
     }
 

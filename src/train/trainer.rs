@@ -8,7 +8,7 @@ use super::loss::PolicyLoss;
 use super::objective::{Objective, Totals};
 use super::optimizer::{OptimizerError, ParameterGroup, ParameterKind};
 use crate::config::OptimizerConfig;
-use crate::model::{Decoder, ModelError, Role};
+use crate::model::{Decoder, ModelError, Role, on_device};
 use crate::time::Time;
 use std::borrow::Cow;
 use std::ops::AddAssign;
@@ -154,13 +154,10 @@ impl Trainer {
         let groups = parameter_groups(&decoder);
         let place = match decoder.on_device()? {
             None => Place::Host(HostTrainer::new(&decoder, parameters, groups, config, steps)?),
-            #[cfg(feature = "cuda")]
-            Some(device) => {
-                let device = crate::model::on_device!(&**device, there => there.device().clone());
-                Place::Device(DeviceTrainer::new(&device, &decoder, parameters, groups, config, steps)?)
-            }
-            #[cfg(not(feature = "cuda"))]
-            Some(never) => match **never {},
+            Some(there) => on_device!(&**there, there => {
+                let device = there.device();
+                Place::Device(DeviceTrainer::new(device, &decoder, parameters, groups, config, steps)?)
+            }),
         };
         Ok(Self { decoder, activation_bytes: None, place })
     }

@@ -3,7 +3,7 @@
 use crate::cuda_emulator::device;
 use crate::support::{assert_refused, store, upload, values};
 use rpt::cuda::sampling::{
-    Bounds, Drawn, END_TOKEN, LIVE, NextRows, Records, Replies, Rows, Settings, TOO_LONG, advance, sample,
+    Bounds, Drawn, END_TOKEN, LIVE, NextRows, Replies, Rows, Settings, TOO_LONG, advance, sample,
 };
 use rpt::cuda::{Buffer, Device, Indices, Result};
 
@@ -15,18 +15,16 @@ const END: u32 = 3;
 /// One reply as the host would keep it.
 #[derive(Clone, Default)]
 struct Reply {
-    tokens: Vec<u32>,
-    logprobs: [Vec<f32>; 3],
+    length: usize,
     finish: u32,
 }
 
 impl Reply {
-    fn push(&mut self, token: u32, logprobs: [f32; 3]) {
-        self.tokens.push(token);
-        self.logprobs.iter_mut().zip(logprobs).for_each(|(all, one)| all.push(one));
+    fn push(&mut self, token: u32) {
+        self.length += 1;
         self.finish = match token {
             END => END_TOKEN,
-            _ if self.tokens.len() >= CAPACITY => TOO_LONG,
+            _ if self.length >= CAPACITY => TOO_LONG,
             _ => LIVE,
         };
     }
@@ -38,11 +36,11 @@ struct Batch {
     rows: Indices,
     drawn: Drawn,
     replies: Replies,
-    records: Records,
     next: NextRows,
     end_tokens: Buffer<u32>,
     starts: Buffer<u32>,
     page_table: Buffer<u32>,
+    capacity: usize,
 }
 
 impl Batch {
@@ -52,45 +50,29 @@ impl Batch {
             rows: Indices::upload(&device, "rows", rows).unwrap(),
             drawn: Drawn::new(&device, rows.len()).unwrap(),
             replies: Replies::new(&device, REPLIES).unwrap(),
-            records: Records::new(&device, REPLIES, CAPACITY).unwrap(),
             next: NextRows::new(&device, rows.len()).unwrap(),
             end_tokens: upload(&device, &[77, END]),
             starts: upload(&device, starts),
             page_table: upload(&device, table),
+            capacity: CAPACITY,
             device,
         }
     }
 
-    fn draw(&mut self, tokens: &[u32], logprobs: &[Vec<f32>; 3]) {
-        self.drawn.tokens.upload(tokens).unwrap();
-        let Drawn { logprobs: plain, policy_logprobs, sampling_logprobs, .. } = &mut self.drawn;
-        for (to, from) in [plain, policy_logprobs, sampling_logprobs].into_iter().zip(logprobs) {
-            to.upload(from).unwrap();
-        }
-    }
-
     fn advance(&mut self) -> Result<()> {
-        let Self { device, rows, drawn, replies, records, next, end_tokens, starts, page_table } = self;
+        let Self { device, rows, drawn, replies, next, end_tokens, starts, page_table, capacity } = self;
         let (end_tokens, starts) = ((&*end_tokens).into(), (&*starts).into());
-        let page_table = (&*page_table).into();
-        let bounds = Bounds { end_tokens, starts, page_table, pages_per_reply: PAGES };
-        // SAFETY: live replies are shorter than their records at first, and so they stay.
-        unsafe { advance(device, rows.view(), drawn, bounds, replies, records, next) }
+        let (page_table, capacity) = ((&*page_table).into(), *capacity);
+        let bounds = Bounds { end_tokens, starts, page_table, pages_per_reply: PAGES, capacity };
+        // SAFETY: live replies are shorter than the capacity at first, and so they stay.
+        unsafe { advance(device, rows.view(), drawn, bounds, replies, next) }
     }
 
     fn check(&self, replies: &[Reply]) {
-        let tokens = self.records.tokens.download().unwrap();
         let lengths = self.replies.lengths.download().unwrap();
         let finishes = self.replies.finishes.download().unwrap();
-        let Records { logprobs, policy_logprobs, sampling_logprobs, .. } = &self.records;
-        let logprobs = [logprobs, policy_logprobs, sampling_logprobs].map(|all| all.download().unwrap());
         for (at, reply) in replies.iter().enumerate() {
-            let (first, length) = (at * CAPACITY, reply.tokens.len());
-            assert_eq!((lengths[at], finishes[at]), (length as u32, reply.finish));
-            assert_eq!(tokens[first..first + length], reply.tokens);
-            for (device, host) in logprobs.iter().zip(&reply.logprobs) {
-                assert_eq!(device[first..first + length], host[..]);
-            }
+            assert_eq!((lengths[at], finishes[at]), (reply.length as u32, reply.finish));
         }
     }
 
@@ -133,15 +115,14 @@ fn replies_grow_end_and_say_what_comes_next() {
     for step in 0..CAPACITY + 2 {
         let token = |row| if row == 2 && step == 4 { END } else { (step * 7 + row) as u32 + 10 };
         let tokens: Vec<u32> = (0..ROWS.len()).map(token).collect();
-        let logprobs = [1, 2, 3].map(|part| values(step as u64 * 10 + part, ROWS.len()));
-        batch.draw(&tokens, &logprobs);
+        batch.drawn.tokens.upload(&tokens).unwrap();
         batch.advance().unwrap();
         for (row, reply) in ROWS.iter().map(|reply| *reply as usize).enumerate() {
             if replies[reply].finish != LIVE {
                 continue;
             }
-            let at = replies[reply].tokens.len();
-            replies[reply].push(tokens[row], [0, 1, 2].map(|part: usize| logprobs[part][row]));
+            let at = replies[reply].length;
+            replies[reply].push(tokens[row]);
             let slot = (table[reply * PAGES + at / 16] * 16) as i32 + at as i32 % 16;
             let (id, position) = (tokens[row], STARTS[reply] + at as u32);
             next[row] = match replies[reply].finish {
@@ -156,35 +137,40 @@ fn replies_grow_end_and_say_what_comes_next() {
     assert_eq!(finishes, [TOO_LONG, TOO_LONG, END_TOKEN, LIVE, TOO_LONG]);
 }
 
-/// Draws from fixed logits and appends until all replies have ended; as a graph that is replayed, or launch by launch.
-fn grown(recorded: bool) -> (Vec<u32>, Vec<f32>, Vec<u32>) {
+/// The tokens and their log-probabilities that one step draws.
+type Draws = (Vec<u32>, Vec<f32>);
+
+/// Draws from fixed logits until all replies have ended, as a graph that is replayed or launch by launch: what was drawn in
+/// each step, and how the replies ended.
+fn grown(recorded: bool) -> (Vec<Draws>, Vec<u32>) {
     let vocabulary = 100;
     let mut batch = Batch::new(&ROWS, &STARTS, &page_table());
     batch.replies.keys.upload(&[11, 22, 33, 44, 55]).unwrap();
     let device = batch.device.clone();
     let logits = store::<f32>(&device, &values(3, ROWS.len() * vocabulary));
     let settings = Settings { greedy: false, inverse_temperature: 1.0, top_k: 50, top_p: 0.95, min_p: 0.0 };
-    let mut step = || {
+    let step = |batch: &mut Batch| {
         let rows = Rows { logits: (&logits).into(), vocabulary, sources: None, replies: batch.rows.view() };
         sample(&device, &settings, rows, &batch.replies, &mut batch.drawn)?;
         batch.advance()
     };
-    if recorded {
-        let graph = device.record(step).unwrap();
-        (0..CAPACITY).for_each(|_| graph.launch().unwrap());
-    } else {
-        (0..CAPACITY).for_each(|_| step().unwrap());
-    }
-    let Records { tokens, sampling_logprobs, .. } = &batch.records;
-    let finishes = batch.replies.finishes.download().unwrap();
-    (tokens.download().unwrap(), sampling_logprobs.download().unwrap(), finishes)
+    let graph = recorded.then(|| device.record(|| step(&mut batch)).unwrap());
+    let steps = (0..CAPACITY).map(|_| {
+        match &graph {
+            Some(graph) => graph.launch().unwrap(),
+            None => step(&mut batch).unwrap(),
+        }
+        (batch.drawn.tokens.download().unwrap(), batch.drawn.sampling_logprobs.download().unwrap())
+    });
+    let steps = steps.collect();
+    (steps, batch.replies.finishes.download().unwrap())
 }
 
 #[test]
 fn a_recorded_step_grows_the_same_replies() {
     let replayed = grown(true);
     assert_eq!(replayed, grown(false));
-    let (.., finishes) = replayed;
+    let (_, finishes) = replayed;
     assert!(ROWS.iter().all(|reply| finishes[*reply as usize] != LIVE) && finishes[3] == LIVE);
 }
 
@@ -206,12 +192,6 @@ fn what_does_not_fit_is_refused() {
     refused(&|batch| batch.next = short(3), "rows of the next step: 3 elements where 4 are");
     refused(&|batch| batch.starts = upload(&device, &[1; 4]), "starts of replies: index 4");
     refused(&|batch| batch.page_table = upload(&device, &[1; 9]), "pages of replies: index 4");
-    let records = |replies, capacity| Records::new(&device, replies, capacity).unwrap();
-    refused(&|batch| batch.records = records(4, CAPACITY), "records of replies: index 4");
-    refused(&|batch| batch.records = records(5, 34), "pages of a reply: 2 elements where 3 are");
-    batch_of(records(5, 33)).advance().unwrap();
-}
-
-fn batch_of(records: Records) -> Batch {
-    Batch { records, ..Batch::new(&ROWS, &STARTS, &page_table()) }
+    refused(&|batch| batch.capacity = 34, "pages of a reply: 2 elements where 3 are");
+    Batch { capacity: 33, ..batch() }.advance().unwrap();
 }

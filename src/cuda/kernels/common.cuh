@@ -51,7 +51,7 @@ template <typename T> __device__ __forceinline__ void store_pack(T* to, const Pa
 // ------------------------------------------------------------------------------------------------------- reductions
 
 // Every lane gets the same bits: at each step of the butterfly both partners add the same two numbers.
-__device__ __forceinline__ float warp_sum(float value) {
+template <typename T> __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
     for (int offset = WARP / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(ALL_LANES, value, offset);
     return value;
@@ -66,13 +66,13 @@ __device__ __forceinline__ float warp_max(float value) {
 }
 
 // For one-dimensional blocks of whole warps. Every thread of the block must call them and gets the same bits: each warp
-// by its tree, then the warps in order. `partial` is shared memory of the kernel, one float for each warp; it may be used
+// by its tree, then the warps in order. `partial` is shared memory of the kernel, one value for each warp; it may be used
 // again at once.
-__device__ __forceinline__ float block_sum(float value, float* partial) {
+template <typename T> __device__ __forceinline__ T block_sum(T value, T* partial) {
     value = warp_sum(value);
     if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = value;
     __syncthreads();
-    float sum = partial[0];
+    T sum = partial[0];
     for (int warp = 1; warp < int(blockDim.x) / WARP; ++warp) sum += partial[warp];
     __syncthreads();
     return sum;

@@ -48,7 +48,6 @@ template <typename T>
 __device__ __forceinline__ void head_gradient(const float* logits, int stride, int width, int first,
                                               const unsigned* targets, const float* coefficients, const float* log_sums,
                                               float inverse_temperature, T* out, int out_stride) {
-    if (logits == nullptr) logits = reinterpret_cast<const float*>(out);
     const size_t row = blockIdx.x;
     const int at = (blockIdx.y * THREADS + threadIdx.x) * WIDTH;
     const bool whole = whole_vectors<WIDTH>(width, stride, logits) && whole_vectors<WIDTH>(width, out_stride, out);
@@ -65,8 +64,7 @@ __device__ __forceinline__ void head_gradient(const float* logits, int stride, i
 }
 
 // out = the gradient of coefficients[row] times the target's policy log-probability with respect to the chunk's logits:
-// coefficient inverse_temperature ([entry = target] - p(entry)). Where out is f32 logits may be null: then out holds them,
-// and the strides are one.
+// coefficient inverse_temperature ([entry = target] - p(entry)).
 // Launch: grid (rows, ceil(width / 1024)), block (256).
 #define HEAD_GRADIENT(NAME, T)                                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                \

@@ -11,22 +11,11 @@ constexpr int WIDTH = 4;
 // Elements that one block squares and adds.
 constexpr int NORM_CHUNK = 16384;
 
-// Every thread's value by a fixed tree; the result is thread 0's.
-__device__ __forceinline__ double block_sum_double(double value) {
-    __shared__ double partial[WARPS];
-#pragma unroll
-    for (int offset = WARP / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(ALL_LANES, value, offset);
-    if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = value;
-    __syncthreads();
-    double sum = partial[0];
-    for (int warp = 1; warp < WARPS; ++warp) sum += partial[warp];
-    return sum;
-}
-
 // partial[b] = sum of squares of the elements b * 16384 and following, in f64.
 // Launch: grid (ceil(length / 16384)), block (256).
 extern "C" __global__ void __launch_bounds__(THREADS)
     sums_of_squares(const float* __restrict__ values, unsigned long long length, double* __restrict__ partial) {
+    __shared__ double sums[WARPS];
     const size_t first = size_t(blockIdx.x) * NORM_CHUNK;
     const int count = int(min(static_cast<unsigned long long>(NORM_CHUNK), length - first));
     const bool whole = whole_vectors<WIDTH>(count, WIDTH, values);
@@ -37,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) sum = fma(double(vector.at[i]), double(vector.at[i]), sum);
     }
-    sum = block_sum_double(sum);
+    sum = block_sum(sum, sums);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
@@ -54,10 +43,11 @@ struct Clip {
 // Launch: grid (1), block (256).
 extern "C" __global__ void __launch_bounds__(THREADS)
     clip_gradient(const double* __restrict__ partial, int parts, float max_norm, Clip* __restrict__ clip) {
+    __shared__ double sums[WARPS];
     double sum = 0.0;
 #pragma unroll 4
     for (int part = threadIdx.x; part < parts; part += THREADS) sum += partial[part];
-    const double norm = sqrt(block_sum_double(sum));
+    const double norm = sqrt(block_sum(sum, sums));
     if (threadIdx.x != 0) return;
     const double limit = double(max_norm);
     const bool clipped = limit > 0.0 && norm > limit;

@@ -86,32 +86,6 @@ __device__ __forceinline__ void for_vector(unsigned long long length, Body body,
     body(at, left, left == WIDTH && whole_vectors<WIDTH>(WIDTH, WIDTH, operands...));
 }
 
-// target += source, element by element.
-// Launch: grid (ceil(length / 1024)), block (256).
-extern "C" __global__ void __launch_bounds__(THREADS)
-    add_elements(float* __restrict__ target, const float* __restrict__ source, unsigned long long length) {
-    const auto body = [=](size_t at, int left, bool whole) {
-        auto values = load<WIDTH>(target + at, 0, left, whole);
-        const auto others = load<WIDTH>(source + at, 0, left, whole);
-#pragma unroll
-        for (int i = 0; i < WIDTH; ++i) values.at[i] += others.at[i];
-        store(target + at, 0, left, whole, values);
-    };
-    for_vector(length, body, target, source);
-}
-
-// values *= factor.
-// Launch: grid (ceil(length / 1024)), block (256).
-extern "C" __global__ void __launch_bounds__(THREADS) scale_elements(float* values, float factor, unsigned long long length) {
-    const auto body = [=](size_t at, int left, bool whole) {
-        auto scaled = load<WIDTH>(values + at, 0, left, whole);
-#pragma unroll
-        for (int i = 0; i < WIDTH; ++i) scaled.at[i] *= factor;
-        store(values + at, 0, left, whole, scaled);
-    };
-    for_vector(length, body, values);
-}
-
 // to = from, rounded to bf16 or widened from it.
 // Launch: grid (ceil(length / 1024)), block (256).
 #define CONVERT(NAME, FROM, TO)                                                                                          \

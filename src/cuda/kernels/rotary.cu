@@ -179,7 +179,6 @@ __device__ __forceinline__ void rotary_backward(Shape shape, const G* grad_out, 
                                                 const T* query_weight, const T* key_weight, float epsilon,
                                                 const float* angles, const int* positions, T* grad, float* partial,
                                                 int rows) {
-    if (grad_out == nullptr) grad_out = reinterpret_cast<const G*>(grad);
     const int group = shape.group(), groups = THREADS / group, dim = shape.head_dim, units = shape.units();
     const int first = blockIdx.x * ROWS, count = min(ROWS, rows - first) * units;
     Place place{0, 0, int(threadIdx.x % group) * WIDTH, dim / 2, false};
@@ -221,8 +220,8 @@ __device__ __forceinline__ void rotary_backward(Shape shape, const G* grad_out, 
 
 // grad = the gradient of rotary_forward's `in` from that of its `out`. With q/k norm `before` is that `in`, and
 // partial[block, 2 head_dim] receives the block's gradients of query_weight and key_weight, for add_partial_sums. The
-// bias's gradient is grad summed over rows (column_sums). May be null: grad_out (then it is grad, where they have one
-// type); bias; query_weight, key_weight, before and partial (all).
+// bias's gradient is grad summed over rows (column_sums). May be null: bias; query_weight, key_weight, before and
+// partial (all).
 // Launch: grid (ceil(rows / 16)), block (256).
 #define ROTARY_BACKWARD(NAME, G, T)                                                                                      \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                \

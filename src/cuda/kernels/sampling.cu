@@ -380,22 +380,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 constexpr int LIVE = 0, END_TOKEN = 1, TOO_LONG = 2;
 constexpr int PAGE = 16;
 
-// Appends the drawn tokens of unfinished replies to the replies' records [replies, capacity], finishes those that drew an
-// end token or are `capacity` long, and says what the next forward pass reads for each row: the token, its position
-// (starts[reply] tokens precede the reply), its slot in the cache, page * 16 + lane, from the reply's row of
-// page_table[replies, pages_per_reply], and how many positions of the reply it attends to, its own included. A reply that
-// ends has slot -1 and attends to what is in the cache; later launches change nothing of it.
+// Counts the drawn tokens of unfinished replies, finishes those that drew an end token or are `capacity` long, and says what
+// the next forward pass reads for each row: the token, its position (starts[reply] tokens precede the reply), its slot in the
+// cache, page * 16 + lane, from the reply's row of page_table[replies, pages_per_reply], and how many positions of the reply
+// it attends to, its own included. A reply that ends has slot -1 and attends to what is in the cache; later launches change
+// nothing of it.
 // Launch: grid (ceil(rows / 128)), block (128).
 extern "C" __global__ void __launch_bounds__(128)
     advance_replies(const int* __restrict__ replies, const unsigned* __restrict__ tokens,
-                    const float* __restrict__ logprobs, const float* __restrict__ policy_logprobs,
-                    const float* __restrict__ sampling_logprobs, const unsigned* __restrict__ end_tokens,
-                    int end_token_count, int capacity, const int* __restrict__ starts,
-                    const int* __restrict__ page_table, int pages_per_reply, unsigned* __restrict__ reply_tokens,
-                    float* __restrict__ reply_logprobs, float* __restrict__ reply_policy_logprobs,
-                    float* __restrict__ reply_sampling_logprobs, int* __restrict__ lengths, int* __restrict__ finishes,
-                    unsigned* __restrict__ next_ids, int* __restrict__ next_positions, int* __restrict__ next_slots,
-                    unsigned* __restrict__ next_lengths, int rows) {
+                    const unsigned* __restrict__ end_tokens, int end_token_count, int capacity,
+                    const int* __restrict__ starts, const int* __restrict__ page_table, int pages_per_reply,
+                    int* __restrict__ lengths, int* __restrict__ finishes, unsigned* __restrict__ next_ids,
+                    int* __restrict__ next_positions, int* __restrict__ next_slots, unsigned* __restrict__ next_lengths,
+                    int rows) {
     const int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows) return;
     const int reply = replies[row];
@@ -406,11 +403,6 @@ extern "C" __global__ void __launch_bounds__(128)
     }
     const int at = lengths[reply];
     const unsigned token = tokens[row];
-    const size_t record = size_t(reply) * capacity + at;
-    reply_tokens[record] = token;
-    reply_logprobs[record] = logprobs[row];
-    reply_policy_logprobs[record] = policy_logprobs[row];
-    reply_sampling_logprobs[record] = sampling_logprobs[row];
     lengths[reply] = at + 1;
 
     int finish = at + 1 >= capacity ? TOO_LONG : LIVE;

@@ -30,12 +30,11 @@ SWIGLU_FORWARD(swiglu_forward_f32, float)
 SWIGLU_FORWARD(swiglu_forward_bf16, bf16)
 
 template <typename T>
-__device__ __forceinline__ void swiglu_backward(const T* gate_up, const T* grad_out, T* grad, T* activated, int inner) {
+__device__ __forceinline__ void swiglu_backward(const T* grad_out, T* gate_up, T* activated, int inner) {
     constexpr int WIDTH = PACK<T>;
-    if (gate_up == nullptr) gate_up = grad;
     const size_t row = blockIdx.x;
     const int at = (blockIdx.y * THREADS + threadIdx.x) * WIDTH;
-    const bool whole = whole_vectors<WIDTH>(inner, inner, gate_up, grad_out, grad, activated);
+    const bool whole = whole_vectors<WIDTH>(inner, inner, gate_up, grad_out, activated);
     if (at >= inner) return;
     auto gates = load<WIDTH>(gate_up + row * 2 * inner, at, inner, whole);
     auto ups = load<WIDTH>(gate_up + row * 2 * inner + inner, at, inner, whole);
@@ -49,17 +48,17 @@ __device__ __forceinline__ void swiglu_backward(const T* gate_up, const T* grad_
         ups.at[i] = grads.at[i] * silu;
     }
     if (activated != nullptr) store(activated + row * inner, at, inner, whole, outs);
-    store(grad + row * 2 * inner, at, inner, whole, gates);
-    store(grad + row * 2 * inner + inner, at, inner, whole, ups);
+    store(gate_up + row * 2 * inner, at, inner, whole, gates);
+    store(gate_up + row * 2 * inner + inner, at, inner, whole, ups);
 }
 
-// grad[rows, 2 inner] from gate_up[rows, 2 inner] and grad_out[rows, inner]; where gate_up is null, grad holds it. Where
-// activated is not null it receives the forward pass's output once more.
+// Replaces gate_up[rows, 2 inner] by its gradient, from grad_out[rows, inner]. Where activated is not null it receives the
+// forward pass's output once more.
 // Launch: grid (rows, ceil(inner / (256 elements of 16 bytes))), block (256).
 #define SWIGLU_BACKWARD(NAME, T)                                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
-        NAME(const T* gate_up, const T* grad_out, T* grad, T* activated, int inner) {                                    \
-        swiglu_backward(gate_up, grad_out, grad, activated, inner);                                                      \
+        NAME(const T* grad_out, T* gate_up, T* activated, int inner) {                                                   \
+        swiglu_backward(grad_out, gate_up, activated, inner);                                                            \
     }
 SWIGLU_BACKWARD(swiglu_backward_f32, float)
 SWIGLU_BACKWARD(swiglu_backward_bf16, bf16)

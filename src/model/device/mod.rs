@@ -19,6 +19,7 @@ use crate::cuda::attention::Attention;
 use crate::cuda::{Buffer, Device, Element, Gemm, Result, Slice, SliceMut};
 use crate::kernels::rotary::RotaryTable;
 use half::bf16;
+use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -105,26 +106,22 @@ impl<T: Format> DeviceDecoder<T> {
     /// # Errors
     /// When there are no kernels for its heads, or the device has no room.
     pub fn new(settings: &DeviceSettings, decoder: &Decoder) -> Result<Self> {
-        let mut there = Self::empty(settings, decoder)?;
-        let mut values = Vec::new();
-        for parameter in decoder.layout.parameters() {
-            let mut row = vec![0.0; parameter.columns];
-            values.clear();
-            for at in 0..parameter.rows {
-                decoder.weights.row(parameter, at, &mut row);
-                values.extend(row.iter().map(|value| T::narrow(*value)));
-            }
+        let Decoder { config, layout, rotary, weights, .. } = decoder;
+        let mut there = Self::of_shape(settings, config.clone(), layout.clone(), rotary.clone())?;
+        for parameter in layout.parameters() {
+            let mut values = vec![T::default(); parameter.range.len()];
+            let rows = values.par_chunks_exact_mut(parameter.columns.max(1)).enumerate();
+            rows.for_each_init(Vec::new, |wide, (row, out)| {
+                wide.resize(out.len(), 0.0);
+                weights.row(parameter, row, wide);
+                out.iter_mut().zip(wide).for_each(|(out, value)| *out = T::narrow(*value));
+            });
             there.weights.slice_mut(parameter.range.clone())?.upload(&values)?;
         }
         Ok(there)
     }
 
     /// With weights that are still to come.
-    fn empty(settings: &DeviceSettings, decoder: &Decoder) -> Result<Self> {
-        let Decoder { config, layout, rotary, .. } = decoder;
-        Self::of_shape(settings, config.clone(), layout.clone(), rotary.clone())
-    }
-
     fn of_shape(
         settings: &DeviceSettings,
         config: DecoderConfig,

@@ -8,7 +8,7 @@ use super::pages::{Cache, CachedTokens, Pages};
 use crate::cuda::attention::{PagedInputs, PagedTables};
 use crate::cuda::paged::{CachedSegment, Cut, PAGE, PagedPlan, PagedQuery};
 use crate::cuda::rotary::Rotary;
-use crate::cuda::sampling::{self, Bounds, Drawn, NextRows, Records, Replies, Settings};
+use crate::cuda::sampling::{self, Bounds, Drawn, NextRows, Replies, Settings};
 use crate::cuda::{Buffer, CudaError, Device, Graph, IndexSlice, Indices, Result, Slice, SliceMut};
 use crate::model::device::{Attend, DeviceDecoder, Format};
 use crate::rollout::Draw;
@@ -213,7 +213,6 @@ pub(super) struct Decoding {
     padded: bool,
     pages_per_reply: usize,
     replies: Replies,
-    records: Records,
     drawn: Drawn,
     next: NextRows,
     end_tokens: Buffer<u32>,
@@ -239,7 +238,6 @@ impl Decoding {
             padded: is_padded,
             pages_per_reply: capacity.saturating_sub(1).div_ceil(PAGE).max(1),
             replies: Replies::new(device, rows)?,
-            records: Records::new(device, rows, capacity)?,
             drawn: Drawn::new(device, rows)?,
             next: NextRows::new(device, rows)?,
             end_tokens: device.upload("end tokens", end_tokens)?,
@@ -332,10 +330,11 @@ impl Decoding {
             starts: (&step.starts).into(),
             page_table: (&step.reply_pages).into(),
             pages_per_reply: self.pages_per_reply,
+            capacity: self.capacity,
         };
-        let (replies, records, next) = (&mut self.replies, &mut self.records, &mut self.next);
-        // SAFETY: a reply takes part only while it is shorter than its record.
-        unsafe { sampling::advance(device, numbers, &self.drawn, bounds, replies, records, next) }
+        let (replies, next) = (&mut self.replies, &mut self.next);
+        // SAFETY: a reply takes part only while it is shorter than the capacity.
+        unsafe { sampling::advance(device, numbers, &self.drawn, bounds, replies, next) }
     }
 
     /// Launches a step, whose tokens [`Decoding::landed`] will have.

@@ -145,14 +145,16 @@ fn generate_in<T: Format, S: PageFormat<T>>(
     let page_bytes = page_bytes::<T, S>(decoder.config()).max(1);
     let share = decoder.device().memory()?.free as f64 * limits.memory / page_bytes as f64;
     let mut pages = most.min(share as usize).min(limits.pages).max(fewest);
+    let mut retries = 0;
     loop {
         let run = Run::<T, S>::new(engine, decoder, prompts, samples, limits, pages).and_then(Run::finish);
         match run {
             // Nothing has left this function yet, so that starting again with less is no harm.
             Err(ModelError::Cuda(error)) if error.is_out_of_memory() && pages > fewest => {
                 pages = (pages / 2).max(fewest);
+                retries += 1;
             }
-            other => return other,
+            done => return done.map(|generation| Generation { retries, ..generation }),
         }
     }
 }

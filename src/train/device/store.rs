@@ -1,7 +1,8 @@
 //! The parameters in full precision and the optimiser's state: on the device, or in the machine's memory.
 
+use super::super::machine::MachineStore;
 use super::super::optimizer::{
-    AdamwStep, Optimizer, ParameterGroup, ParameterKind, StepStats, check_layout, locate_non_finite,
+    AdamwStep, ParameterGroup, ParameterKind, StepStats, check_layout, locate_non_finite,
 };
 use super::super::schedule::learning_rate;
 use super::super::trainer::{TrainError, TrainerState};
@@ -19,18 +20,8 @@ pub(super) enum Store {
     Resident(Resident<f32>),
     /// With moments of bf16, which are rounded at random: to the nearest, small changes would be lost.
     ResidentBf16(Resident<bf16>),
-    Offloaded(Offloaded),
-}
-
-/// Evaluates an expression for the store that there is.
-macro_rules! each_store {
-    ($store:expr, $name:ident => $body:expr) => {
-        match $store {
-            Store::Resident($name) => $body,
-            Store::ResidentBf16($name) => $body,
-            Store::Offloaded($name) => $body,
-        }
-    };
+    /// In the machine's memory: its processors make the update, and the weights go back to the device.
+    Offloaded(MachineStore),
 }
 
 impl Store {
@@ -42,8 +33,7 @@ impl Store {
         total_steps: u64,
     ) -> Result<Self, TrainError> {
         if config.offload {
-            let optimizer = Optimizer::new(config, groups, total_steps)?;
-            return Ok(Self::Offloaded(Offloaded { parameters, optimizer }));
+            return Ok(Self::Offloaded(MachineStore::new(parameters, groups, config, total_steps)?));
         }
         if config.kind != OptimizerKind::Adamw {
             return Err(TrainError::OnlyOnCpu { what: "the optimiser Muon" });
@@ -61,7 +51,7 @@ impl Store {
         match self {
             Self::Resident(store) => store.updates,
             Self::ResidentBf16(store) => store.updates,
-            Self::Offloaded(store) => store.optimizer.step_count(),
+            Self::Offloaded(store) => store.updates(),
         }
     }
 
@@ -71,11 +61,23 @@ impl Store {
         decoder: &mut DeviceDecoder<T>,
         gradients: &Buffer<f32>,
     ) -> Result<StepStats, TrainError> {
-        each_store!(self, store => store.step(decoder, gradients))
+        match self {
+            Self::Resident(store) => store.step(decoder, gradients),
+            Self::ResidentBf16(store) => store.step(decoder, gradients),
+            Self::Offloaded(store) => {
+                let stats = store.step(&gradients.download()?)?;
+                decoder.set_parameters(store.parameters())?;
+                Ok(stats)
+            }
+        }
     }
 
     pub(super) fn state(&self) -> Result<TrainerState<'_>, TrainError> {
-        each_store!(self, store => store.state())
+        match self {
+            Self::Resident(store) => store.state(),
+            Self::ResidentBf16(store) => store.state(),
+            Self::Offloaded(store) => Ok(store.state()),
+        }
     }
 
     pub(super) fn restore<E: From<TrainError>>(
@@ -83,49 +85,11 @@ impl Store {
         updates: u64,
         read: &mut impl FnMut(&str, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), E> {
-        each_store!(self, store => store.restore(updates, read))
-    }
-}
-
-/// In the machine's memory: its processors make the update, and the weights go back to the device.
-pub(super) struct Offloaded {
-    parameters: Vec<f32>,
-    optimizer: Optimizer,
-}
-
-impl Offloaded {
-    fn step<T: Format>(
-        &mut self,
-        decoder: &mut DeviceDecoder<T>,
-        gradients: &Buffer<f32>,
-    ) -> Result<StepStats, TrainError> {
-        let update = self.optimizer.step_count();
-        let stats = self.optimizer.step(&mut self.parameters, &gradients.download()?)?;
-        let count = self.parameters.iter().filter(|value| !value.is_finite()).count();
-        if count > 0 {
-            return Err(TrainError::NonFiniteWeights { update, count });
+        match self {
+            Self::Resident(store) => store.restore(updates, read),
+            Self::ResidentBf16(store) => store.restore(updates, read),
+            Self::Offloaded(store) => store.restore(updates, read),
         }
-        decoder.set_parameters(&self.parameters)?;
-        Ok(stats)
-    }
-
-    #[expect(clippy::unnecessary_wraps, reason = "the other stores can fail")]
-    fn state(&self) -> Result<TrainerState<'_>, TrainError> {
-        let state = self.optimizer.state().into_iter();
-        Ok(TrainerState {
-            parameters: Cow::Borrowed(&self.parameters),
-            optimizer: state.map(|(name, values)| (name, Cow::Borrowed(values))).collect(),
-            updates: self.optimizer.step_count(),
-        })
-    }
-
-    fn restore<E>(
-        &mut self,
-        updates: u64,
-        read: &mut impl FnMut(&str, &mut [f32]) -> Result<(), E>,
-    ) -> Result<(), E> {
-        self.optimizer.set_step_count(updates);
-        self.optimizer.state_mut().into_iter().try_for_each(|(name, values)| read(&name, values))
     }
 }
 

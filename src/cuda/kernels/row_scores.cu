@@ -1,5 +1,5 @@
-// What a proxy model says of the positions of a text: from each row of logits the entropy over its most probable tokens,
-// the first of these, and the probability of the token that follows.
+// What rows of logits say of one token each: the entropy over the row's most probable tokens, the first of these, and the
+// probability of the given one.
 #include "rows.cuh"
 
 constexpr int THREADS = 256;
@@ -46,23 +46,13 @@ __device__ __forceinline__ Key largest_below(Key bound, const float* logits, int
     return largest;
 }
 
-__device__ __forceinline__ double block_sum_double(double value, double* partial) {
-#pragma unroll
-    for (int offset = WARP / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(ALL_LANES, value, offset);
-    if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = value;
-    __syncthreads();
-    double sum = partial[0];
-    for (int warp = 1; warp < WARPS; ++warp) sum += partial[warp];
-    return sum;
-}
-
 // Of each row of logits[rows, vocabulary]: the entropy in nats of the softmax over its top_k largest logits, renormalised
-// (NaN where one of them is not finite); the probability of truths[row] over the whole vocabulary; and the most probable
+// (NaN where one of them is not finite); the probability of targets[row] over the whole vocabulary; and the most probable
 // token, of equals the one with the lowest id. top_k is 1 to 64.
 // Launch: grid (rows), block (256).
 extern "C" __global__ void __launch_bounds__(THREADS)
-    score_positions(const float* __restrict__ logits, int vocabulary, const unsigned* __restrict__ truths, int top_k,
-                    float* __restrict__ entropies, float* __restrict__ truth_probabilities, unsigned* __restrict__ tops) {
+    score_rows(const float* __restrict__ logits, int vocabulary, const unsigned* __restrict__ targets, int top_k,
+                    float* __restrict__ entropies, float* __restrict__ target_probabilities, unsigned* __restrict__ tops) {
     __shared__ Key partial[WARPS];
     __shared__ double partial_sums[WARPS];
     __shared__ Key best[MOST_TOKENS];
@@ -80,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     double sum = 0.0;
 #pragma unroll 4
     for (int id = threadIdx.x; id < vocabulary; id += THREADS) sum += double(expf(logits[id] - top_logit));
-    sum = block_sum_double(sum, partial_sums);
+    sum = block_sum(sum, partial_sums);
     if (threadIdx.x != 0) return;
     double total = 0.0, weighted = 0.0;
     for (int place = 0; place < count; ++place) {
@@ -91,6 +81,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     const double entropy = log(total) - weighted / total;
     entropies[blockIdx.x] = entropy < 0.0 ? 0.0f : float(entropy);
-    truth_probabilities[blockIdx.x] = float(exp(double(logits[truths[blockIdx.x]] - top_logit)) / sum);
+    target_probabilities[blockIdx.x] = float(exp(double(logits[targets[blockIdx.x]] - top_logit)) / sum);
     tops[blockIdx.x] = unsigned(top);
 }

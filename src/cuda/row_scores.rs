@@ -1,4 +1,4 @@
-//! What a proxy model says of the positions of a text.
+//! What rows of logits say of one token each.
 
 use super::lengths::{refuse, room, side};
 use super::{Buffer, Device, IndexSlice, Result, Shape, Slice};
@@ -9,16 +9,16 @@ pub const MOST_TOKENS: usize = 64;
 
 /// One number of each kind for each row.
 #[derive(Debug)]
-pub struct Positions {
+pub struct RowScores {
     /// Entropy in nats over the most probable tokens, renormalised.
     pub entropies: Buffer<f32>,
-    /// Probability of the true token over the whole vocabulary.
-    pub truth_probabilities: Buffer<f32>,
+    /// Probability of the given token over the whole vocabulary.
+    pub target_probabilities: Buffer<f32>,
     /// The most probable token.
     pub tops: Buffer<u32>,
 }
 
-/// Scores rows of logits `[truths, vocabulary]` against the tokens that follow; entropies are over the `top_k` most
+/// Scores rows of logits `[targets, vocabulary]` against a token each; entropies are over the `top_k` most
 /// probable tokens, of which there may be 1 to [`MOST_TOKENS`].
 ///
 /// # Errors
@@ -27,25 +27,25 @@ pub fn score(
     device: &Device,
     logits: Slice<f32>,
     vocabulary: usize,
-    truths: IndexSlice,
+    targets: IndexSlice,
     top_k: usize,
-) -> Result<Positions> {
-    let (name, rows) = ("score_positions", truths.len());
-    truths.check("true tokens in the vocabulary", vocabulary)?;
+) -> Result<RowScores> {
+    let (name, rows) = ("score_rows", targets.len());
+    targets.check("targets in the vocabulary", vocabulary)?;
     room("logits", rows.saturating_mul(vocabulary), logits.len())?;
     if top_k == 0 || top_k > MOST_TOKENS {
         return refuse(name, format!("entropy over {top_k} tokens, of 1 to {MOST_TOKENS}"));
     }
-    let mut positions = Positions {
-        entropies: device.allocate("scores of positions", rows)?,
-        truth_probabilities: device.allocate("scores of positions", rows)?,
-        tops: device.allocate("scores of positions", rows)?,
+    let mut scores = RowScores {
+        entropies: device.allocate("scores of rows", rows)?,
+        target_probabilities: device.allocate("scores of rows", rows)?,
+        tops: device.allocate("scores of rows", rows)?,
     };
     let kernel = device.kernel(name)?;
     let launch = kernel.with(Shape::of(rows, THREADS)).read(logits).value(side(name, vocabulary)?);
-    let launch = launch.read(truths).value(top_k as i32).write(&mut positions.entropies);
-    let launch = launch.write(&mut positions.truth_probabilities).write(&mut positions.tops);
+    let launch = launch.read(targets).value(top_k as i32).write(&mut scores.entropies);
+    let launch = launch.write(&mut scores.target_probabilities).write(&mut scores.tops);
     // SAFETY: the parameters are those of the kernel; lengths and tokens were checked.
     unsafe { launch.launch()? };
-    Ok(positions)
+    Ok(scores)
 }

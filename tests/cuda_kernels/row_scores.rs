@@ -1,8 +1,8 @@
-//! positions.cu against `tasks::score_row`.
+//! `row_scores.cu` against `tasks::score_row`.
 
 use crate::cuda_emulator;
 use crate::support::values;
-use rpt::cuda::{Indices, Slice, positions};
+use rpt::cuda::{Indices, Slice, row_scores};
 use rpt::tasks::score_row;
 
 fn check(logits: &[f32], vocabulary: usize, top_k: usize) {
@@ -12,9 +12,9 @@ fn check(logits: &[f32], vocabulary: usize, top_k: usize) {
     let (on_device, indices) =
         (device.upload("logits", logits).unwrap(), Indices::upload(&device, "truths", &truths).unwrap());
     let found =
-        positions::score(&device, Slice::from(&on_device), vocabulary, indices.view(), top_k).unwrap();
+        row_scores::score(&device, Slice::from(&on_device), vocabulary, indices.view(), top_k).unwrap();
     let (entropies, tops) = (found.entropies.download().unwrap(), found.tops.download().unwrap());
-    let probabilities = found.truth_probabilities.download().unwrap();
+    let probabilities = found.target_probabilities.download().unwrap();
     for (row, logits) in logits.chunks_exact(vocabulary).enumerate() {
         let expected = score_row(logits, truths[row], top_k);
         assert_eq!(tops[row], expected.proxy_top, "row {row} of {vocabulary}, {top_k}");
@@ -50,7 +50,7 @@ fn what_does_not_fit_is_refused() {
     let logits = device.upload("logits", &[0.0_f32; 20]).unwrap();
     let score = |truths: &[u32], vocabulary: usize, top_k: usize| {
         let truths = Indices::upload(&device, "truths", truths).unwrap();
-        positions::score(&device, Slice::from(&logits), vocabulary, truths.view(), top_k).map(|_| ())
+        row_scores::score(&device, Slice::from(&logits), vocabulary, truths.view(), top_k).map(|_| ())
     };
     assert!(score(&[9, 0], 10, 2).is_ok());
     assert!(score(&[10, 0], 10, 2).is_err());
