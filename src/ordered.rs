@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 
 /// Batches under way for every thread that works: one long batch must not let the others wait.
 const BATCHES_PER_THREAD: usize = 3;
@@ -79,6 +79,11 @@ impl<T, E, I: Iterator<Item = Result<T, E>>, S: Fn(&T) -> usize> Iterator for Ba
         }
         (!batch.is_empty()).then_some(Ok(batch))
     }
+}
+
+/// The result of a thread; its panic becomes this one's.
+pub(crate) fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 fn read<B>(batches: impl Iterator<Item = B>, permits: &SyncSender<()>, waiting: &Sender<Numbered<B>>) {

@@ -9,11 +9,13 @@ use crate::config::{CorpusConfig, Loaded, Selection, TasksConfig};
 use crate::corpus::{Corpus, Unit, generated_recipe};
 use crate::error::Error;
 use crate::model::Decoder;
+use crate::ordered::joined;
 use crate::tasks::{Manifest, TaskBuilder, TaskShards, TaskUnits, TasksError};
 use crate::tokenize::FastPath;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::thread::{self, ScopedJoinHandle};
 
 /// Units that the encoder is proven on, documents of each, and bytes of each of these.
 const PROOF_UNITS: usize = 8;
@@ -180,7 +182,8 @@ fn build_units(
     if missing.peek().is_some() {
         prove_encoder(run, &corpus, &units);
         let scorers = Scorers::load(run, split, base, &corpus)?;
-        missing.try_for_each(|unit| build_unit(run, split, &scorers, &corpus, unit, &tasks))?;
+        let builder = UnitBuilder { run, split, corpus: &corpus, scorers: &scorers, tasks: &tasks };
+        builder.build_all(missing)?;
     }
     let manifest = tasks.gather()?;
     if let Some(manifest) = &manifest {
@@ -217,15 +220,45 @@ pub(super) fn header(run: &Run) -> Vec<u32> {
     run.vocabulary.special.bos.into_iter().collect()
 }
 
-fn build_unit(
-    run: &Run,
-    split: &Split,
-    scorers: &Scorers<'_>,
-    corpus: &Corpus,
-    unit: &Unit,
-    tasks: &TaskUnits,
-) -> Result<(), Error> {
-    let built = || -> Result<(), Error> {
+/// What the units of a split are built with.
+struct UnitBuilder<'a> {
+    run: &'a Run,
+    split: &'a Split,
+    corpus: &'a Corpus,
+    scorers: &'a Scorers<'a>,
+    tasks: &'a TaskUnits,
+}
+
+impl UnitBuilder<'_> {
+    /// Builds units one after another; one is synced and committed while the next is being built.
+    fn build_all<'u>(&self, units: impl Iterator<Item = &'u Unit>) -> Result<(), Error> {
+        thread::scope(|scope| {
+            let mut committing: Option<ScopedJoinHandle<'_, Result<(), Error>>> = None;
+            for unit in units {
+                let built = self.build(unit);
+                committing.take().map_or(Ok(()), joined)?;
+                match built {
+                    Ok(commit) => {
+                        committing = Some(scope.spawn(move || self.unless_there(unit, commit())));
+                    }
+                    Err(error) => self.unless_there(unit, Err(error))?,
+                }
+            }
+            committing.map_or(Ok(()), joined)
+        })
+    }
+
+    /// Another worker that is first with a unit clears away what this one is writing.
+    fn unless_there(&self, unit: &Unit, done: Result<(), Error>) -> Result<(), Error> {
+        match done {
+            Err(Error::Tasks(_)) if self.tasks.is_committed(unit.number) => Ok(()),
+            done => done,
+        }
+    }
+
+    /// Writes the shards of a unit; what is left is to commit it.
+    fn build(&self, unit: &Unit) -> Result<impl FnOnce() -> Result<(), Error> + Send, Error> {
+        let Self { run, split, corpus, scorers, tasks } = *self;
         let mut open = tasks.start(unit.number)?;
         let mut documents = corpus.documents_of(unit);
         let counts = scorers.with_proxy(unit.number, |proxy| {
@@ -247,12 +280,8 @@ fn build_unit(
         for place in &read.quarantined {
             run.log.warn(format!("quarantined {place}"));
         }
-        Ok(tasks.commit(open, corpus.sources_of(unit), read, counts)?)
-    };
-    match built() {
-        // Another worker was first and has cleared away what this one was writing.
-        Err(Error::Tasks(_)) if tasks.is_committed(unit.number) => Ok(()),
-        built => built,
+        let sources = corpus.sources_of(unit);
+        Ok(move || Ok(tasks.commit(open, sources, read, counts)?))
     }
 }
 

@@ -6,7 +6,7 @@ use super::{PositionScore, Proxy, ShardWriter, TaskCounts, TaskDocument, TasksEr
 use crate::config::TasksConfig;
 use crate::corpus::Document;
 use crate::error::Error;
-use crate::ordered::{Batches, ordered_map};
+use crate::ordered::{Batches, joined, ordered_map};
 use crate::tokenize::Tokenizer;
 use arrow::array::RecordBatch;
 use arrow::datatypes::Schema;
@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::{self, ScopedJoinHandle};
+use std::thread;
 
 /// Tokens that the proxy is given at a time; a longer piece is given alone.
 const TOKENS_PER_PROXY_CALL: usize = 1 << 15;
@@ -248,11 +248,6 @@ impl Outgoing {
 
 fn write(finished: &Receiver<RecordBatch>, writer: &mut ShardWriter) -> Result<(), TasksError> {
     finished.iter().try_for_each(|rows| writer.push_rows(&rows))
-}
-
-/// The result of a thread; its panic becomes this one's.
-fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
-    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn check_length(what: &'static str, found: usize, expected: usize) -> Result<(), TasksError> {

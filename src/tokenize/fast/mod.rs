@@ -23,6 +23,7 @@ use pattern::{Gpt2, Gpt4, Known, Pattern};
 use serde_json::Value;
 use std::borrow::Cow;
 use std::sync::{Mutex, PoisonError};
+use std::thread::{self, ThreadId};
 use unicode_normalization_alignments::{IsNormalized, UnicodeNormalization, is_nfc_quick};
 use vocabulary::Vocabulary;
 
@@ -39,8 +40,8 @@ pub(super) struct FastEncoder {
     /// Finds the added tokens that are matched inside of text.
     added: Option<AhoCorasick>,
     merges: Merges,
-    /// One per thread that ever encoded at the same time as others.
-    scratch: Mutex<Vec<Scratch>>,
+    /// Of the threads that do not encode at the moment; a thread takes back its own, which is in its core's cache.
+    scratch: Mutex<Vec<(ThreadId, Scratch)>>,
 }
 
 /// What one thread encodes with.
@@ -83,11 +84,20 @@ impl FastEncoder {
         if normal.len() > u32::MAX as usize || adds(text) || normal != text && adds(&normal) {
             return None;
         }
-        let held = self.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut scratch = held.unwrap_or_else(Scratch::new);
+        let mut scratch = self.take_scratch();
         let ids = self.encode_with(&mut scratch, normal.as_bytes());
-        self.scratch.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
+        let owned = (thread::current().id(), scratch);
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner).push(owned);
         ids
+    }
+
+    /// This thread's scratch, another's that is free, or a new one.
+    fn take_scratch(&self) -> Scratch {
+        let this = thread::current().id();
+        let mut free = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = free.iter().position(|(owner, _)| *owner == this);
+        let held = own.map(|place| free.swap_remove(place)).or_else(|| free.pop());
+        held.map_or_else(Scratch::new, |(_, scratch)| scratch)
     }
 
     /// The text as the normalizer leaves it, by the library's own (old) tables.
