@@ -11,13 +11,14 @@ use command::texts;
 use rpt::config::{CacheFormat, LossMean, OptimizerConfig, TrainConfig};
 use rpt::kernels::head::TokenScore;
 use rpt::kernels::simd::{Isa, isa};
-use rpt::model::{Decoder, Forest, Workspace};
+use rpt::model::{Decoder, Forest, KvCache, Workspace};
 use rpt::random::Stream;
 use rpt::rollout::{Engine, Finish, Generation, Prompt, Rollout, Sampling, StopRule, argmax};
 use rpt::tokenize::{Tokenizer, train_byte_level_bpe};
 use rpt::train::loss::PolicyLoss;
 use rpt::train::{ScoredGroup, Trainer, policy_batches};
 use run::{TINY, Workplace, assert_same_result, succeeded};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// More than one block of the head, and not a multiple of one.
@@ -50,7 +51,7 @@ fn tokenizer() -> Tokenizer {
     train_byte_level_bpe(texts(50).into_iter(), 300).unwrap()
 }
 
-/// Prompts of several trunks, one of which has more than a wave can hold.
+/// Prompts of several trunks, one of which has more than enter together.
 fn prompts(seed: u64) -> Vec<Prompt> {
     let stream = Stream::new(seed, "prompts");
     let mut n = 0;
@@ -80,7 +81,15 @@ fn prompts(seed: u64) -> Vec<Prompt> {
 
 fn engine<'a>(decoder: &'a Decoder, tokenizer: &'a Tokenizer, sampling: Sampling) -> Engine<'a> {
     let stop = StopRule { eos: vec![3, 650], strings: &[], tokenizer, max_new_tokens: 12 };
-    Engine { decoder, sampling, stop, seed: 5, policy_version: 0, kv_cache: CacheFormat::Model }
+    Engine {
+        decoder,
+        sampling,
+        stop,
+        seed: 5,
+        policy_version: 0,
+        kv_cache: CacheFormat::Model,
+        cache_bytes: None,
+    }
 }
 
 fn on_threads<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
@@ -126,6 +135,42 @@ fn counted_work_does_not_depend_on_threads() {
         assert_eq!(many.groups, one.groups);
     }
     assert!(one.unique_prompt_tokens < one.repeated_prompt_tokens / 4);
+}
+
+#[test]
+fn neither_memory_nor_company_change_a_bit() {
+    let (tokenizer, decoder) = (tokenizer(), common::model(1, VOCABULARY));
+    // So many that prompts are computed in several passes, beside replies that grow.
+    let prompts: Vec<Prompt> = (10..13).flat_map(prompts).collect();
+    let usual = engine(&decoder, &tokenizer, WARM);
+    let stop = StopRule { max_new_tokens: 60, ..usual.stop.clone() };
+    let within =
+        |cache_bytes| Engine { stop: stop.clone(), cache_bytes, ..engine(&decoder, &tokenizer, WARM) };
+    let free = within(None).generate(&prompts, 4).unwrap();
+    let longest = free.groups.iter().flatten().map(|rollout| rollout.tokens.len()).max();
+    assert_eq!(longest, Some(60));
+    // A lane needs room for one trunk, cut where its prompts end, with one footer and the longest reply: here each
+    // cut begins a page of sixteen positions.
+    let config = decoder.config();
+    let page = KvCache::page_bytes(config.geometry(), config.layers) as u64;
+    let lengths =
+        |family: &[Prompt]| family.iter().map(|prompt| prompt.length).collect::<BTreeSet<_>>().len();
+    let families = prompts.chunk_by(|a, b| Arc::ptr_eq(&a.trunk, &b.trunk));
+    let floor = page * families.map(|family| lengths(family) as u64 + 5 + 1 + 4).max().unwrap();
+    for share in [2, 5, 20, 100_000] {
+        let budget = free.cache_bytes / share;
+        for threads in [1, 3] {
+            let tight = on_threads(threads, || within(Some(budget)).generate(&prompts, 4).unwrap());
+            assert_eq!(tight.groups, free.groups, "1/{share} on {threads} threads");
+            assert_eq!((tight.flops, tight.unique_prompt_tokens), (free.flops, free.unique_prompt_tokens));
+            assert!(
+                tight.cache_bytes <= budget.max(threads as u64 * floor),
+                "{} of {budget}",
+                tight.cache_bytes
+            );
+        }
+    }
+    assert!(floor * 5 < free.cache_bytes, "{floor} of {}", free.cache_bytes);
 }
 
 /// All tokens of a prompt.
@@ -232,8 +277,15 @@ fn replies(
 ) -> Vec<Rollout> {
     let stop = StopRule { eos: eos.to_vec(), strings, tokenizer, max_new_tokens: n };
     // Ids below 300 are the tokenizer's, so that replies are text.
-    let engine =
-        Engine { decoder, sampling: WARM, stop, seed: 9, policy_version: 0, kv_cache: CacheFormat::Model };
+    let engine = Engine {
+        decoder,
+        sampling: WARM,
+        stop,
+        seed: 9,
+        policy_version: 0,
+        kv_cache: CacheFormat::Model,
+        cache_bytes: None,
+    };
     engine.generate(&prompts_of_text(), 1).unwrap().groups.into_iter().flatten().collect()
 }
 

@@ -39,6 +39,7 @@ fn engine<'a>(
         seed: round as u64,
         policy_version: 0,
         kv_cache: CacheFormat::Model,
+        cache_bytes: None,
     }
 }
 

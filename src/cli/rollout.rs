@@ -123,6 +123,7 @@ impl Arguments {
             seed: self.seed,
             policy_version: 0,
             kv_cache: settings.kv_cache,
+            cache_bytes: settings.cache_bytes,
         };
         let generation = engine.generate(std::slice::from_ref(prompt), self.samples.into())?;
         Ok(generation.groups.into_iter().flatten().map(|rollout| Reply::new(rollout, tokenizer)).collect())
@@ -144,6 +145,7 @@ impl Arguments {
             stop: if self.stop.is_empty() { base.stop } else { self.stop.clone() },
             samples_per_task: self.samples.into(),
             kv_cache: base.kv_cache,
+            cache_bytes: base.cache_bytes,
         }
     }
 }

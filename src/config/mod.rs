@@ -453,6 +453,9 @@ pub struct RolloutConfig {
     /// twice as many replies side by side, and draws them from a policy that is a little other than the
     /// trainer's (see `train.importance_cap`).
     pub kv_cache: CacheFormat,
+    /// Most bytes of cached keys and values: replies wait for room, in order. On the CPU 2 GiB if absent, on a
+    /// device three quarters of its free memory. The longest prompt with one reply may take more.
+    pub cache_bytes: Option<u64>,
 }
 
 impl Default for RolloutConfig {
@@ -466,6 +469,7 @@ impl Default for RolloutConfig {
             max_new_tokens: 1024,
             stop: Vec::new(),
             kv_cache: CacheFormat::Model,
+            cache_bytes: None,
         }
     }
 }

@@ -22,8 +22,16 @@ const SERIAL_WEIGHTS: usize = 1 << 17;
 pub(super) const ROWS_PER_TASK: usize = 96;
 /// Steps of the inner dimension between two visits of the output.
 const INNER_PER_BLOCK: usize = 256;
+/// Rows so many elements apart, or a multiple, take each other's place in a core's nearest cache: they are copied first.
+const COLLIDING_STRIDE: usize = 1024;
+/// Steps of such rows that are copied together.
+const ROW_STEPS_PER_BLOCK: usize = 1024;
+/// Rows that do not take each other's place.
+const FEW_ROWS: usize = 8;
 /// Panels that one task of a parallel product works on.
 const PANELS_PER_TASK: usize = 16;
+/// The same where a task first copies its rows.
+const PANELS_PER_COPY: usize = 64;
 /// Panels that one task of a transposed product unpacks at a time.
 const PANELS_PER_TRANSPOSE: usize = 8;
 
@@ -49,6 +57,11 @@ impl<'a> Left<'a> {
         Self { values, row_stride: 1, inner_stride: columns }
     }
 
+    /// Whether its rows take each other's place in a cache.
+    fn collides(&self) -> bool {
+        self.inner_stride == 1 && self.row_stride.is_multiple_of(COLLIDING_STRIDE)
+    }
+
     fn check(&self, rows: usize, inner: usize) {
         let last = (rows.max(1) - 1) * self.row_stride + (inner.max(1) - 1) * self.inner_stride;
         assert!(rows == 0 || inner == 0 || last < self.values.len(), "left matrix too small");
@@ -63,7 +76,7 @@ pub fn matmul(left: Left, rows: usize, right: &Packed, out: &mut [f32], accumula
     let (inner, columns) = (right.inner(), right.columns());
     left.check(rows, inner);
     assert_eq!(out.len(), rows * columns, "output shape");
-    let panels_per_task = panels_per_task(rows, columns.div_ceil(LANES));
+    let panels_per_task = panels_per_task(&left, rows, columns.div_ceil(LANES));
     let panel_tasks = columns.div_ceil(LANES).div_ceil(panels_per_task);
     let shared = Disjoint::new(out);
     let parallel = pays_in_parallel(rows, columns, inner);
@@ -142,9 +155,11 @@ fn pays_in_parallel(rows: usize, columns: usize, inner: usize) -> bool {
 }
 
 /// Panels that one task works on: fewer where there is one block of rows, so that all threads have some.
-fn panels_per_task(rows: usize, panels: usize) -> usize {
+fn panels_per_task(left: &Left, rows: usize, panels: usize) -> usize {
+    let threads = rayon::current_num_threads();
     match rows.div_ceil(ROWS_PER_TASK) {
-        0 | 1 => panels.div_ceil(rayon::current_num_threads()).next_multiple_of(2).clamp(1, PANELS_PER_TASK),
+        0 | 1 => panels.div_ceil(threads).next_multiple_of(2).clamp(1, PANELS_PER_TASK),
+        blocks if left.collides() && blocks >= 4 * threads => PANELS_PER_COPY,
         _ => PANELS_PER_TASK,
     }
 }
@@ -189,14 +204,16 @@ fn block<T: Factor>(
     accumulate: bool,
 ) {
     let steps = right.steps();
-    if left.inner_stride == 1 {
+    if left.inner_stride == 1 && !(left.collides() && rows.len() > FEW_ROWS) {
         let part = Part { left, first_row: 0, rows, right, inner: 0..steps, accumulate };
         return part.sweep(panels, out);
     }
+    let at_once = if left.inner_stride == 1 { ROW_STEPS_PER_BLOCK } else { INNER_PER_BLOCK };
     LEFT.with_borrow_mut(|copy| {
-        for first in (0..steps).step_by(INNER_PER_BLOCK) {
-            let inner = first..steps.min(first + INNER_PER_BLOCK);
+        for first in (0..steps).step_by(at_once) {
+            let inner = first..steps.min(first + at_once);
             let left = match T::STEPS {
+                _ if left.inner_stride == 1 => copy_rows(left, &rows, &inner, copy),
                 1 => copy_block(left, &rows, &inner, copy),
                 _ => pairs::copy_block(left, right.inner, &rows, &inner, copy),
             };
@@ -205,6 +222,16 @@ fn block<T: Factor>(
             Part { left, first_row, rows: rows.clone(), right, inner, accumulate }.sweep(panels.clone(), out);
         }
     });
+}
+
+/// Copies some rows and some inner steps to rows that lie a little further apart than they are long.
+fn copy_rows<'a>(left: Left, rows: &Range<usize>, inner: &Range<usize>, copy: &'a mut Vec<f32>) -> Left<'a> {
+    copy.clear();
+    for row in rows.clone() {
+        copy.extend_from_slice(&left.values[row * left.row_stride..][inner.clone()]);
+        copy.extend_from_slice(&[0.0; LANES]);
+    }
+    Left { values: copy, row_stride: inner.len() + LANES, inner_stride: 1 }
 }
 
 /// Copies some rows and some inner steps to `[inner, rows]`.
@@ -513,7 +540,7 @@ mod tests {
     #[test]
     fn every_element_is_one_chain_for_any_shape() {
         for (rows, columns, inner) in
-            [(1, 1, 1), (1, 40, 7), (13, 33, 64), (25, 48, 3), (200, 300, 65), (7, 16, 0)]
+            [(1, 1, 1), (1, 40, 7), (13, 33, 64), (25, 48, 3), (200, 300, 65), (7, 16, 0), (110, 33, 2048)]
         {
             let (a, w) = (values(rows * inner, 1), values(columns * inner, 2));
             let packed = Packed::of_weight(Dtype::F32, &w, columns, inner);

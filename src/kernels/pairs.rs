@@ -258,7 +258,7 @@ mod tests {
     #[test]
     fn every_element_is_one_chain_for_any_shape() {
         for (rows, columns, inner) in
-            [(1, 1, 1), (1, 40, 7), (13, 33, 64), (25, 48, 3), (100, 300, 601), (7, 16, 0)]
+            [(1, 1, 1), (1, 40, 7), (13, 33, 64), (25, 48, 3), (100, 300, 601), (7, 16, 0), (110, 33, 2048)]
         {
             let (a, w) = (values(rows * inner, 1), values(columns * inner, 2));
             let mut packed = Packed::of_weight(Dtype::Bf16, &w, columns, inner);

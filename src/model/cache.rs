@@ -71,6 +71,8 @@ pub struct KvCache {
     free_nodes: Vec<usize>,
     free_pages: Vec<usize>,
     pages: usize,
+    /// For how many it may keep memory in advance.
+    most_pages: usize,
 }
 
 impl KvCache {
@@ -85,7 +87,19 @@ impl KvCache {
             free_nodes: Vec::new(),
             free_pages: Vec::new(),
             pages: 0,
+            most_pages: usize::MAX,
         }
+    }
+
+    /// The same, for at most so many pages: it keeps no memory for more.
+    #[must_use]
+    pub fn with_most_pages(self, most_pages: usize) -> Self {
+        Self { most_pages, ..self }
+    }
+
+    /// Bytes of one page in all layers.
+    pub fn page_bytes(geometry: Geometry, layers: usize) -> usize {
+        (geometry.key_page() + geometry.value_page()) * geometry.kv_heads * layers * size_of::<f32>()
     }
 
     /// Forgets every node and keeps the memory.
@@ -149,15 +163,31 @@ impl KvCache {
             return page;
         }
         self.pages += 1;
-        let (keys, values) = (self.pages * self.geometry.key_page(), self.pages * self.geometry.value_page());
-        for (buffers, length) in [(&mut self.keys, keys), (&mut self.values, values)] {
+        let ahead = (self.pages * 3 / 2).min(self.most_pages).max(self.pages);
+        let (key_page, value_page) = (self.geometry.key_page(), self.geometry.value_page());
+        for (buffers, page) in [(&mut self.keys, key_page), (&mut self.values, value_page)] {
             for buffer in buffers.iter_mut().flatten() {
-                if buffer.len() < length {
-                    buffer.resize((length * 3 / 2).max(length), 0.0);
+                if buffer.len() < self.pages * page {
+                    buffer.reserve_exact(ahead * page - buffer.len());
+                    buffer.resize(ahead * page, 0.0);
                 }
             }
         }
         self.pages - 1
+    }
+
+    /// Keeps a node although it may lose its children.
+    pub fn hold(&mut self, NodeId(node): NodeId) {
+        self.nodes[node].children += 1;
+    }
+
+    /// Keeps a node no longer: without children it is released, with every ancestor that is left without any.
+    pub fn let_go(&mut self, node: NodeId) {
+        let children = &mut self.nodes[node.0].children;
+        *children -= 1;
+        if *children == 0 {
+            self.release_path(node);
+        }
     }
 
     /// Gives up a node that has no children; its pages are free again.

@@ -5,7 +5,7 @@ use super::evaluate::Evaluator;
 use super::health::{Health, Vitals};
 use super::run::Run;
 use super::stage::{Finished, Opened, Stage};
-use crate::config::{PolicyRecipe, TrainConfig};
+use crate::config::{PolicyRecipe, RolloutConfig, TrainConfig};
 use crate::error::Error;
 use crate::eval::{prompts, reply_bytes};
 use crate::ledger::{DropReason, Ledger, LedgerLog, LedgerMark, LedgerSnapshot};
@@ -508,6 +508,6 @@ pub(super) fn engine<'a>(
         tokenizer: &vocabulary.tokenizer,
         max_new_tokens: run.pipeline.rollout.max_new_tokens,
     };
-    let (seed, kv_cache) = (run.pipeline.seed, run.pipeline.rollout.kv_cache);
-    Engine { decoder, sampling, stop, seed, policy_version, kv_cache }
+    let RolloutConfig { kv_cache, cache_bytes, .. } = run.pipeline.rollout;
+    Engine { decoder, sampling, stop, seed: run.pipeline.seed, policy_version, kv_cache, cache_bytes }
 }

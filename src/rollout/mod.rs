@@ -6,6 +6,7 @@
 #[cfg(feature = "cuda")]
 pub mod device;
 mod engine;
+mod host;
 mod sampler;
 
 pub(crate) use engine::add_trunk;

@@ -51,7 +51,15 @@ pub(crate) fn prompts(seed: u64) -> Vec<Prompt> {
 
 pub(crate) fn engine<'a>(decoder: &'a Decoder, tokenizer: &'a Tokenizer, sampling: Sampling) -> Engine<'a> {
     let stop = StopRule { eos: vec![3, 77], strings: &[], tokenizer, max_new_tokens: MAX_NEW_TOKENS };
-    Engine { decoder, sampling, stop, seed: 5, policy_version: 2, kv_cache: CacheFormat::Model }
+    Engine {
+        decoder,
+        sampling,
+        stop,
+        seed: 5,
+        policy_version: 2,
+        kv_cache: CacheFormat::Model,
+        cache_bytes: None,
+    }
 }
 
 /// What an engine samples on the device within some limits.

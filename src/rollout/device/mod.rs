@@ -143,8 +143,9 @@ fn generate_in<T: Format, S: PageFormat<T>>(
     // The longest reply must fit beside its prompt.
     let (fewest, most) = (waiting.longest() + reply, waiting.pages() + reply * replies.max(1));
     let page_bytes = page_bytes::<T, S>(decoder.config()).max(1);
-    let share = decoder.device().memory()?.free as f64 * limits.memory / page_bytes as f64;
-    let mut pages = most.min(share as usize).min(limits.pages).max(fewest);
+    let share = decoder.device().memory()?.free as f64 * limits.memory;
+    let bytes = engine.cache_bytes.map_or(share, |bytes| share.min(bytes as f64));
+    let mut pages = most.min((bytes / page_bytes as f64) as usize).min(limits.pages).max(fewest);
     let mut retries = 0;
     loop {
         let run = Run::<T, S>::new(engine, decoder, prompts, samples, limits, pages).and_then(Run::finish);

@@ -26,6 +26,11 @@ impl Pool {
         self.total
     }
 
+    /// Bytes of all pages.
+    pub(super) fn bytes(&self) -> usize {
+        self.total * self.page_bytes
+    }
+
     /// Pages that nobody holds.
     pub(super) fn free(&self) -> usize {
         self.free.borrow().len()

@@ -125,6 +125,7 @@ impl<'a, T: Format, S: PageFormat<T>> Run<'a, T, S> {
             repeated_prompt_tokens: repeated,
             sampled_tokens: sampled,
             flops: counted.flops(self.decoder.config()),
+            cache_bytes: self.cache.pool.bytes() as u64,
             retries: 0,
             seconds: self.seconds,
         }

@@ -1,0 +1,494 @@
+//! The engine on the CPU: prompts enter as there is room, and all live replies grow together.
+//!
+//! Lanes take the prompts of one trunk after another from a queue, and each has a part of the memory for keys and values. A
+//! pass of a lane adds a token to every live reply and computes, beside them, some tokens of prompts that enter: long prompts
+//! take several passes, and whoever ends makes room for the next at once. Neither what a pass holds nor which lane
+//! computes it changes a bit.
+//!
+//! Every reply may become as long as the limit allows, but few do: replies get pages as they grow, and whoever cannot get
+//! one pauses. There are always enough free for the reply that holds most of them to become as long as it may; when it ends
+//! there are enough for any other, so all replies end.
+
+use super::engine::{Engine, Generation, Growing, REPLIES_AT_ONCE, add_trunk, parts};
+use super::sampler::draw;
+use super::{Prompt, Rollout};
+use crate::kernels::attention::PAGE;
+use crate::model::{Extension, Forest, KvCache, ModelError, NodeId, Workspace};
+use rayon::prelude::*;
+use std::collections::VecDeque;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+/// Parameters up to which each thread grows replies of its own, however few.
+const SMALL_MODEL: usize = 16 << 20;
+/// Replies that are worth a reading of a larger model's weights; threads share the work on fewer.
+const REPLIES_WORTH_THE_WEIGHTS: usize = 32;
+/// Logits that a lane holds at a time.
+const LOGITS_AT_ONCE: usize = 1 << 23;
+/// Tokens of prompts that a pass computes.
+const PROMPT_TOKENS_AT_ONCE: usize = 512;
+/// Bytes of keys and values, where no setting bounds them.
+const CACHE_BYTES: u64 = 2 << 30;
+
+/// Samples `samples` replies to every prompt, as [`Engine::generate`].
+///
+/// # Errors
+/// When a prompt holds a token outside the vocabulary.
+pub(super) fn generate(
+    engine: &Engine,
+    prompts: &[Prompt],
+    samples: usize,
+) -> Result<Generation, ModelError> {
+    let queue = Queue::new(prompts, samples);
+    let lanes = lanes(engine, prompts.len() * samples);
+    let limits = queue.limits(engine, lanes);
+    let lanes: Vec<Result<Sampled, ModelError>> =
+        (0..lanes).into_par_iter().map(|_| Lane::new(engine, &queue, limits).run()).collect();
+    let mut all = Generation {
+        groups: prompts.iter().map(|_| Vec::with_capacity(samples)).collect(),
+        repeated_prompt_tokens: prompts.iter().map(|prompt| (prompt.len() * samples) as u64).sum(),
+        ..Generation::default()
+    };
+    for sampled in lanes {
+        let Sampled { rollouts, prompt_tokens, flops, cache_bytes, seconds } = sampled?;
+        all.cache_bytes += cache_bytes;
+        all.unique_prompt_tokens += prompt_tokens;
+        all.flops += flops;
+        all.seconds = (all.seconds.0 + seconds.0, all.seconds.1 + seconds.1);
+        for (prompt, rollout) in rollouts {
+            all.sampled_tokens += rollout.tokens.len() as u64;
+            all.groups[prompt].push(rollout);
+        }
+    }
+    // Replies of a prompt come in the order in which they end.
+    all.groups.iter_mut().for_each(|group| group.sort_unstable_by_key(|rollout| rollout.sample));
+    Ok(all)
+}
+
+/// How many lanes share the work: of a small model one for each thread.
+fn lanes(engine: &Engine, replies: usize) -> usize {
+    let worthwhile = match engine.decoder.layout().len() {
+        ..=SMALL_MODEL => replies,
+        _ => replies / REPLIES_WORTH_THE_WEIGHTS,
+    };
+    worthwhile.clamp(1, rayon::current_num_threads().max(1))
+}
+
+/// Prompts that compute their trunk together, once.
+///
+/// A trunk that has more prompts than a lane has room for is divided, but never for another reason: counted tokens and
+/// operations, from which the lengths of later stages are derived, depend on neither threads nor memory.
+#[derive(Clone, Copy)]
+struct Part<'p> {
+    prompts: &'p [Prompt],
+    /// Number of the first among all.
+    first: usize,
+}
+
+impl Part<'_> {
+    /// The forest of the prompts: trunk first, then their footers.
+    fn forest(&self) -> Forest {
+        let mut forest = Forest::default();
+        if let Some(prompt) = self.prompts.first() {
+            let trunks = add_trunk(&mut forest, prompt, self.prompts.iter().map(|prompt| prompt.length));
+            for prompt in self.prompts {
+                forest.add(trunks.get(&prompt.length).copied(), &prompt.footer);
+            }
+        }
+        forest
+    }
+
+    /// Pages of the trunk and of the longest footer.
+    fn pages(&self) -> usize {
+        let forest = self.forest();
+        let pages = |at: usize| forest.segments()[at].length.div_ceil(PAGE);
+        let trunks = forest.segments().len() - self.prompts.len();
+        let footer = (trunks..forest.segments().len()).map(pages).max().unwrap_or(0);
+        (0..trunks).map(pages).sum::<usize>() + footer
+    }
+}
+
+/// What lanes have still to do.
+struct Queue<'p> {
+    prompts: &'p [Prompt],
+    waiting: Mutex<VecDeque<Part<'p>>>,
+    samples: usize,
+    /// Replies of the largest part, and pages that the longest needs beside replies.
+    largest: (usize, usize),
+}
+
+impl<'p> Queue<'p> {
+    fn new(prompts: &'p [Prompt], samples: usize) -> Self {
+        let mut first = 0;
+        let parts = parts(prompts, samples).map(|prompts| {
+            first += prompts.len();
+            Part { prompts, first: first - prompts.len() }
+        });
+        let waiting: VecDeque<Part> = parts.collect();
+        let replies = waiting.iter().map(|part| part.prompts.len() * samples).max().unwrap_or(0);
+        let largest = (replies, waiting.iter().map(Part::pages).max().unwrap_or(0));
+        Self { prompts, waiting: Mutex::new(waiting), samples, largest }
+    }
+
+    /// What one of so many lanes may hold.
+    fn limits(&self, engine: &Engine, lanes: usize) -> Limits {
+        let replies = (self.prompts.len() * self.samples).div_ceil(lanes).max(self.largest.0);
+        let full = engine.stop.max_new_tokens.saturating_sub(1).div_ceil(PAGE);
+        let bytes = engine.cache_bytes.unwrap_or(CACHE_BYTES) / lanes as u64;
+        let config = engine.decoder.config();
+        let page = KvCache::page_bytes(config.geometry(), config.layers).max(1) as u64;
+        let pages = usize::try_from(bytes / page).unwrap_or(usize::MAX);
+        Limits {
+            replies: replies.clamp(1, REPLIES_AT_ONCE.max(self.samples)),
+            pages: pages.max(self.largest.1 + full),
+            full,
+        }
+    }
+
+    /// Takes the next part if `fits`.
+    fn take(&self, fits: impl FnOnce(&Part) -> bool) -> Option<Part<'p>> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        fits(waiting.front()?).then(|| waiting.pop_front()).flatten()
+    }
+}
+
+/// What a lane may hold.
+#[derive(Clone, Copy)]
+struct Limits {
+    /// Replies that grow side by side.
+    replies: usize,
+    /// Pages of keys and values: enough for any part's trunk with one prompt and one reply.
+    pages: usize,
+    /// Pages of a reply that becomes as long as it may.
+    full: usize,
+}
+
+/// Prompts of a trunk on their way into the cache.
+struct Entering<'p> {
+    part: Part<'p>,
+    forest: Forest,
+    /// Node of each segment, once it is begun.
+    nodes: Vec<Option<NodeId>>,
+    /// Row of the forest with which each prompt ends.
+    ends: Vec<usize>,
+    /// Segments before this one are computed, and rows before that one.
+    segment: usize,
+    row: usize,
+    /// Pages that what has begun will still need.
+    reserved: usize,
+}
+
+impl<'p> Entering<'p> {
+    fn new(part: Part<'p>) -> Self {
+        let forest = part.forest();
+        let segments = forest.segments();
+        let footers = segments.len() - part.prompts.len()..segments.len();
+        // A prompt is not empty, so there is a row before its end.
+        let ends = footers.clone().filter_map(|at| forest.row_before(at, segments[at].length)).collect();
+        let reserved = segments[..footers.start].iter().map(|trunk| trunk.length.div_ceil(PAGE)).sum();
+        Self { nodes: vec![None; segments.len()], part, ends, segment: 0, row: 0, reserved, forest }
+    }
+
+    /// Segments that prompts share.
+    fn trunks(&self) -> usize {
+        self.nodes.len() - self.part.prompts.len()
+    }
+
+    /// The segment to be computed next, and how many of its tokens are left.
+    fn next(&mut self) -> Option<(usize, usize)> {
+        while let Some(segment) = self.forest.segments().get(self.segment) {
+            let end = segment.row + segment.length;
+            if self.row < end {
+                return Some((self.segment, end - self.row));
+            }
+            self.segment += 1;
+        }
+        None
+    }
+
+    /// The node of a segment whose ancestors are computed. Trunks are held until all prompts have entered.
+    fn node(&mut self, segment: usize, cache: &mut KvCache) -> NodeId {
+        if let Some(node) = self.nodes[segment] {
+            return node;
+        }
+        let parent = self.forest.segments()[segment].parent.and_then(|parent| self.nodes[parent]);
+        let node = cache.insert(parent);
+        if segment < self.trunks() {
+            cache.hold(node);
+        }
+        self.nodes[segment] = Some(node);
+        node
+    }
+
+    /// Adds the next `count` tokens of a segment to a pass, and the prompts that end with them.
+    fn advance(&mut self, segment: usize, count: usize, cache: &mut KvCache, pass: &mut Pass) {
+        let node = self.node(segment, cache);
+        let (from, first, used) = (self.row, pass.ids.len(), cache.used_pages());
+        self.row += count;
+        pass.add(node, &self.forest.ids()[from..self.row], cache);
+        self.reserved = self.reserved.saturating_sub(cache.used_pages() - used);
+        for prompt in 0..self.part.prompts.len() {
+            if (from..self.row).contains(&self.ends[prompt]) {
+                let node = self.node(self.trunks() + prompt, cache);
+                let row = first + self.ends[prompt] - from;
+                pass.ends.push((Ready { prompt: self.part.first + prompt, node, state: Vec::new() }, row));
+            }
+        }
+    }
+
+    /// Lets the trunk go, which replies may still hold.
+    fn leave(self, cache: &mut KvCache) {
+        for node in self.nodes[..self.trunks()].iter().rev().flatten() {
+            cache.let_go(*node);
+        }
+    }
+}
+
+/// A prompt in the cache, with the normalised hidden state behind its last token.
+struct Ready {
+    prompt: usize,
+    node: NodeId,
+    state: Vec<f32>,
+}
+
+/// A growing reply in the cache.
+struct Live {
+    prompt: usize,
+    node: NodeId,
+    growing: Growing,
+    /// Its row of hidden states in this pass; none when it pauses.
+    row: Option<usize>,
+}
+
+impl Live {
+    /// Its tokens in the cache: the last waits for the next pass.
+    fn cached(&self) -> usize {
+        self.growing.rollout.tokens.len().saturating_sub(1)
+    }
+
+    fn pages(&self) -> usize {
+        self.cached().div_ceil(PAGE)
+    }
+}
+
+/// One pass through the model: first a row for each reply, then those of prompts.
+#[derive(Default)]
+struct Pass {
+    ids: Vec<u32>,
+    extensions: Vec<Extension>,
+    /// Prompts that are complete with it, and the row of their last token.
+    ends: Vec<(Ready, usize)>,
+}
+
+impl Pass {
+    fn add(&mut self, node: NodeId, ids: &[u32], cache: &mut KvCache) {
+        let rows = self.ids.len()..self.ids.len() + ids.len();
+        cache.extend(node, ids.len(), rows.start);
+        self.extensions.push(Extension { node, rows });
+        self.ids.extend_from_slice(ids);
+    }
+}
+
+/// What a lane has done.
+#[derive(Default)]
+struct Sampled {
+    /// With the number of their prompt.
+    rollouts: Vec<(usize, Rollout)>,
+    prompt_tokens: u64,
+    flops: u64,
+    cache_bytes: u64,
+    /// Of prompts and of replies.
+    seconds: (f64, f64),
+}
+
+/// Replies that grow side by side, and prompts on their way.
+struct Lane<'a, 'p> {
+    engine: &'a Engine<'a>,
+    queue: &'a Queue<'p>,
+    limits: Limits,
+    cache: KvCache,
+    workspace: Workspace,
+    entering: Option<Entering<'p>>,
+    ready: VecDeque<Ready>,
+    live: Vec<Live>,
+    sampled: Sampled,
+}
+
+impl<'a, 'p> Lane<'a, 'p> {
+    fn new(engine: &'a Engine<'a>, queue: &'a Queue<'p>, limits: Limits) -> Self {
+        Self {
+            engine,
+            queue,
+            limits,
+            cache: engine.decoder.new_cache().with_most_pages(limits.pages),
+            workspace: Workspace::default(),
+            entering: None,
+            ready: VecDeque::new(),
+            live: Vec::new(),
+            sampled: Sampled::default(),
+        }
+    }
+
+    /// Works until the queue is empty and every reply has ended.
+    fn run(mut self) -> Result<Sampled, ModelError> {
+        loop {
+            let start = Instant::now();
+            let mut pass = Pass::default();
+            self.add_replies(&mut pass);
+            let replies = pass.ids.len();
+            self.add_prompts(&mut pass);
+            if pass.ids.is_empty() && self.ready.is_empty() {
+                break;
+            }
+            let prompts = pass.ids.len() - replies;
+            let config = self.engine.decoder.config();
+            let page = KvCache::page_bytes(config.geometry(), config.layers);
+            let cached = (self.cache.used_pages() * page) as u64;
+            self.sampled.cache_bytes = self.sampled.cache_bytes.max(cached);
+            self.compute(pass, replies)?;
+            let share = prompts as f64 / (prompts + replies).max(1) as f64;
+            let elapsed = start.elapsed().as_secs_f64();
+            self.sampled.prompt_tokens += prompts as u64;
+            self.sampled.seconds.0 += share * elapsed;
+            self.sampled.seconds.1 += (1.0 - share) * elapsed;
+        }
+        Ok(Sampled { flops: self.workspace.flops, ..self.sampled })
+    }
+
+    fn free_pages(&self) -> usize {
+        let reserved = self.entering.as_ref().map_or(0, |entering| entering.reserved);
+        self.limits.pages.saturating_sub(self.cache.used_pages() + reserved)
+    }
+
+    /// Adds the newest token of every reply that has room for it, the oldest first.
+    fn add_replies(&mut self, pass: &mut Pass) {
+        let full = self.limits.full;
+        let mut longest = self.live.iter().map(Live::pages).max().unwrap_or(0);
+        let mut free = self.free_pages();
+        for live in &mut self.live {
+            let needed = (live.cached() + 1).div_ceil(PAGE);
+            let new = needed - live.pages();
+            longest = longest.max(needed);
+            let Some(&last) = live.growing.rollout.tokens.last() else { continue };
+            live.row = (free >= new + full.saturating_sub(longest)).then_some(pass.ids.len());
+            if live.row.is_some() {
+                free -= new;
+                pass.add(live.node, &[last], &mut self.cache);
+            }
+        }
+    }
+
+    /// Adds tokens of prompts for whose replies there is room.
+    fn add_prompts(&mut self, pass: &mut Pass) {
+        let mut left = PROMPT_TOKENS_AT_ONCE;
+        while left > 0 {
+            let ready = self.ready.len() + pass.ends.len();
+            let Some(mut entering) = self.entering.take().or_else(|| self.next_part(ready)) else { return };
+            let Some((segment, tokens)) = entering.next() else {
+                entering.leave(&mut self.cache);
+                continue;
+            };
+            let (pages, begins) = (tokens.div_ceil(PAGE), entering.nodes[segment].is_none());
+            if begins && segment >= entering.trunks() {
+                // Taken out, it reserves nothing: it is a trunk that is computed.
+                if !self.has_room(ready, pages) {
+                    self.entering = Some(entering);
+                    return;
+                }
+                entering.reserved += pages;
+            }
+            let count = tokens.min(left);
+            left -= count;
+            entering.advance(segment, count, &mut self.cache, pass);
+            self.entering = Some(entering);
+        }
+    }
+
+    /// The next part, if all its replies fit beside those that grow and those of `ready` prompts.
+    fn next_part(&self, ready: usize) -> Option<Entering<'p>> {
+        let replies = self.live.len() + ready * self.queue.samples;
+        let fits = |part: &Part| {
+            let all = replies + part.prompts.len() * self.queue.samples;
+            replies == 0 || all <= self.limits.replies && self.has_room(ready, part.pages())
+        };
+        self.queue.take(fits).map(Entering::new)
+    }
+
+    /// Whether one more prompt of so many pages may enter with its replies, when `ready` others wait to begin theirs.
+    fn has_room(&self, ready: usize, pages: usize) -> bool {
+        let samples = self.queue.samples;
+        let replies = self.live.len() + ready * samples;
+        // Few replies become as long as they may.
+        let typical = self.limits.full.div_ceil(4);
+        let claims: usize = self.live.iter().map(|live| typical.saturating_sub(live.pages())).sum();
+        let demand = claims + (ready + 1) * samples * typical;
+        replies == 0
+            || replies + samples <= self.limits.replies
+                && self.free_pages() >= pages + demand.max(self.limits.full)
+    }
+
+    /// Runs a pass with so many replies, draws their next tokens and the first ones of replies that begin.
+    fn compute(&mut self, pass: Pass, replies: usize) -> Result<(), ModelError> {
+        let Pass { ids, extensions, ends } = pass;
+        let decoder = self.engine.decoder;
+        if !ids.is_empty() {
+            decoder.forward(&ids, &extensions, &mut self.cache, &mut self.workspace, None)?;
+        }
+        let rows: Vec<usize> = (0..replies).chain(ends.iter().map(|(_, row)| *row)).collect();
+        let mut states = decoder.hidden(&self.workspace, &rows);
+        let width = decoder.config().hidden_size;
+        let of_prompts = states.split_off(replies * width);
+        for ((ready, _), state) in ends.into_iter().zip(of_prompts.chunks_exact(width)) {
+            self.ready.push_back(Ready { state: state.to_vec(), ..ready });
+        }
+        while self.has_room(0, 0)
+            && let Some(ready) = self.ready.pop_front()
+        {
+            self.begin(&ready, states.len() / width);
+            states.extend_from_slice(&ready.state);
+        }
+        self.grow(&states);
+        self.collect();
+        Ok(())
+    }
+
+    /// Begins the replies to a prompt, whose first tokens come from one row of hidden states.
+    fn begin(&mut self, ready: &Ready, row: usize) {
+        for sample in 0..self.queue.samples {
+            let growing = Growing::new(self.engine, &self.queue.prompts[ready.prompt], sample);
+            let node = self.cache.insert(Some(ready.node));
+            self.live.push(Live { prompt: ready.prompt, node, growing, row: Some(row) });
+        }
+    }
+
+    /// Adds one token to every reply that has a row of hidden states.
+    fn grow(&mut self, states: &[f32]) {
+        let config = self.engine.decoder.config();
+        let (width, vocabulary) = (config.hidden_size, config.vocab_size);
+        let rows_at_once = (LOGITS_AT_ONCE / vocabulary).max(1);
+        let (sampling, mut logits) = (&self.engine.sampling, Vec::new());
+        for (block, states) in states.chunks(rows_at_once * width).enumerate() {
+            self.engine.decoder.logits(states, &mut logits, &mut self.workspace);
+            let first = block * rows_at_once;
+            self.live.par_iter_mut().for_each_init(Vec::new, |scratch, live| {
+                let at = live.row.and_then(|row| row.checked_sub(first));
+                if let Some(logits) = at.and_then(|row| logits.get(row * vocabulary..(row + 1) * vocabulary))
+                {
+                    let growing = &mut live.growing;
+                    let uniform = growing.stream.uniform(growing.rollout.tokens.len() as u64);
+                    growing.push(draw(logits, sampling, uniform, scratch));
+                }
+            });
+        }
+    }
+
+    /// Moves ended replies out and frees their pages.
+    fn collect(&mut self) {
+        let stop = &self.engine.stop;
+        let ended = self.live.extract_if(.., |live| live.row.is_some() && live.growing.ends(stop));
+        for live in ended {
+            self.cache.release_path(live.node);
+            self.sampled.rollouts.push((live.prompt, live.growing.rollout));
+        }
+    }
+}
