@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 /// Elements that one task packs at least.
-const ELEMENTS_PER_TASK: usize = 1 << 16;
+pub(super) const ELEMENTS_PER_TASK: usize = 1 << 16;
 
 /// A matrix `[inner, columns]` packed into panels of sixteen columns.
 ///
@@ -285,13 +285,15 @@ pub(super) fn steps<T: Factor>(_: &[T], inner: usize) -> usize {
 
 /// Packs a row-major `matrix [inner, columns]` whose rows start `stride` elements apart.
 fn pack(panels: &mut [f32], matrix: &[f32], inner: usize, columns: usize, stride: usize) {
-    for (panel, values) in panels.chunks_mut(LANES * inner.max(1)).enumerate() {
+    let size = LANES * inner.max(1);
+    let tasks = panels.par_chunks_mut(size).with_min_len(ELEMENTS_PER_TASK.div_ceil(size));
+    tasks.enumerate().for_each(|(panel, values)| {
         let first = panel * LANES;
         let width = LANES.min(columns - first);
         for k in 0..inner {
             values[k * LANES..][..width].copy_from_slice(&matrix[k * stride + first..][..width]);
         }
-    }
+    });
 }
 
 fn set_columns<T: Element>(panels: &mut [T], inner: usize, columns: &Range<usize>, weights: &[f32]) {

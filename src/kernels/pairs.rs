@@ -7,6 +7,7 @@
 
 use super::LANES;
 use super::matmul::{Left, ROWS_PER_TASK};
+use super::packed::ELEMENTS_PER_TASK;
 use super::parallel::for_each_row;
 use super::simd::{Lanes, multiversion};
 use half::bf16;
@@ -186,10 +187,11 @@ pub(super) fn column(panels: &[Pair], column: usize, out: &mut [f32]) {
 /// Packs a row-major `matrix [inner, columns]` whose rows start `stride` elements apart.
 pub(super) fn pack(panels: &mut [Pair], matrix: &[f32], inner: usize, columns: usize, stride: usize) {
     let size = LANES * inner.div_ceil(2).max(1);
-    for (panel, pairs) in panels.chunks_mut(size).enumerate() {
+    let tasks = panels.par_chunks_mut(size).with_min_len(ELEMENTS_PER_TASK.div_ceil(size));
+    tasks.enumerate().for_each(|(panel, pairs)| {
         let first = panel * LANES;
         pack_panel(pairs, &matrix[first..], inner, LANES.min(columns - first), stride);
-    }
+    });
 }
 
 multiversion! {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 /// Elements below which an element-wise operation stays on one thread.
 const SERIAL_ELEMENTS: usize = 1 << 17;
 
-/// Calls `work(row, values)` for every row of `columns` values.
+/// Calls `work(row, values)` for every row of `columns` values; the last may be shorter.
 pub fn for_each_row(values: &mut [f32], columns: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
     if columns == 0 {
         return;
@@ -20,6 +20,22 @@ pub fn for_each_row(values: &mut [f32], columns: usize, work: impl Fn(usize, &mu
             }
         });
     }
+}
+
+/// Elements that are copied or filled together.
+const BLOCK: usize = 1 << 12;
+
+/// Copies a buffer to another of its length.
+pub fn copy(source: &[f32], target: &mut [f32]) {
+    assert_eq!(source.len(), target.len(), "lengths of a copy");
+    for_each_row(target, BLOCK, |at, target| {
+        target.copy_from_slice(&source[at * BLOCK..][..target.len()]);
+    });
+}
+
+/// Sets every element to zero.
+pub fn clear(values: &mut [f32]) {
+    for_each_row(values, BLOCK, |_, values| values.fill(0.0));
 }
 
 /// Calls `work(item)` for `0..items`, in parallel when `parallel` says so.

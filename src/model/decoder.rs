@@ -11,7 +11,7 @@ use crate::kernels::attention::{self, Tile};
 use crate::kernels::elementary::add;
 use crate::kernels::head::{self, TokenScore};
 use crate::kernels::matmul::{Left, matmul};
-use crate::kernels::parallel::for_each_row;
+use crate::kernels::parallel::{self, for_each_row};
 use crate::kernels::rotary::RotaryTable;
 use crate::kernels::{norm, swiglu};
 use rayon::prelude::*;
@@ -81,8 +81,7 @@ pub(super) fn sized(buffer: &mut Vec<f32>, length: usize) -> &mut [f32] {
 }
 
 fn copy_to(buffer: &mut Vec<f32>, values: &[f32]) {
-    buffer.clear();
-    buffer.extend_from_slice(values);
+    parallel::copy(values, sized(buffer, values.len()));
 }
 
 impl Decoder {

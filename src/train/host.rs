@@ -8,6 +8,7 @@ use super::step::Step;
 use super::trainer::{TrainError, TrainerState, UpdateStats, UpdateTimes};
 use crate::config::OptimizerConfig;
 use crate::kernels::elementary::add;
+use crate::kernels::parallel;
 use crate::model::{
     Carried, Decoder, KvCache, ModelError, NodeId, PrefixGradients, Schedule, Tape, Targets, TokenScore,
     Workspace,
@@ -136,7 +137,7 @@ impl HostTrainer {
         let limits = Limits::of(decoder, activation_bytes.unwrap_or(ACTIVATION_BYTES), count);
         let spare = &self.spare;
         let in_lane = |(number, lane): (usize, &mut Lane)| {
-            lane.gradients.fill(0.0);
+            parallel::clear(&mut lane.gradients);
             lane.seconds = (0.0, 0.0);
             let mut buffers = Buffers::take(spare, pass.decoder);
             let mut totals = Totals::default();
