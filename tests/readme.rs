@@ -60,8 +60,10 @@ fn every_path_in_the_documents_exists() {
         let files = links.filter(|link| !["http", "#", "docs/"].iter().any(|start| link.starts_with(start)));
         let paths = words(&text)
             .filter(|word| ROOTS.iter().any(|root| word.starts_with(root)) && !word.contains('*'));
-        for path in files.chain(paths) {
-            assert!(root().join(path).exists(), "{name} names {path}, which does not exist");
+        let place = root().join(name);
+        let beside = files.map(|file| (file, place.with_file_name(file)));
+        for (path, there) in beside.chain(paths.map(|path| (path, root().join(path)))) {
+            assert!(there.exists(), "{name} names {path}, which does not exist");
             found += 1;
         }
     }
