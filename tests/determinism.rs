@@ -146,10 +146,10 @@ fn neither_memory_nor_company_change_a_bit() {
     let stop = StopRule { max_new_tokens: 60, ..usual.stop.clone() };
     let within =
         |cache_bytes| Engine { stop: stop.clone(), cache_bytes, ..engine(&decoder, &tokenizer, WARM) };
-    let free = within(None).generate(&prompts, 4).unwrap();
+    let free = on_threads(1, || within(None).generate(&prompts, 4).unwrap());
     let longest = free.groups.iter().flatten().map(|rollout| rollout.tokens.len()).max();
     assert_eq!(longest, Some(60));
-    // A lane needs room for one trunk, cut where its prompts end, with one footer and the longest reply: here each
+    // There must be room for one trunk, cut where its prompts end, with one footer and the longest reply: here each
     // cut begins a page of sixteen positions.
     let config = decoder.config();
     let page = KvCache::page_bytes(config.geometry(), config.layers) as u64;
@@ -163,14 +163,38 @@ fn neither_memory_nor_company_change_a_bit() {
             let tight = on_threads(threads, || within(Some(budget)).generate(&prompts, 4).unwrap());
             assert_eq!(tight.groups, free.groups, "1/{share} on {threads} threads");
             assert_eq!((tight.flops, tight.unique_prompt_tokens), (free.flops, free.unique_prompt_tokens));
-            assert!(
-                tight.cache_bytes <= budget.max(threads as u64 * floor),
-                "{} of {budget}",
-                tight.cache_bytes
-            );
+            assert!(tight.cache_bytes <= budget.max(floor), "{} of {budget}", tight.cache_bytes);
         }
     }
     assert!(floor * 5 < free.cache_bytes, "{floor} of {}", free.cache_bytes);
+}
+
+#[test]
+fn prompts_without_a_trunk_and_long_footers_wait_for_room_too() {
+    let (tokenizer, decoder) = (tokenizer(), common::model(0, VOCABULARY));
+    let (trunk, other): (Arc<[u32]>, Arc<[u32]>) = ((7..90).collect(), (100..140).collect());
+    let prompt = |ordinal: u64| Prompt {
+        ordinal,
+        trunk: if ordinal < 9 { trunk.clone() } else { other.clone() },
+        length: if ordinal.is_multiple_of(3) { 0 } else { 4 * ordinal as usize % 40 },
+        header: 0,
+        footer: (200..220 + 5 * ordinal as u32).collect(),
+        cuts: Arc::new([]),
+    };
+    let prompts: Vec<Prompt> = (0..16).map(prompt).collect();
+    for (samples, max_new_tokens) in [(1, 40), (3, 1), (300, 20), (0, 5)] {
+        let usual = engine(&decoder, &tokenizer, WARM);
+        let stop = StopRule { max_new_tokens, ..usual.stop.clone() };
+        let within =
+            |cache_bytes| Engine { stop: stop.clone(), cache_bytes, ..engine(&decoder, &tokenizer, WARM) };
+        let free = within(None).generate(&prompts, samples).unwrap().groups;
+        assert!(free.len() == prompts.len() && free.iter().all(|group| group.len() == samples));
+        assert_eq!(within(Some(1)).generate(&prompts, samples).unwrap().groups, free);
+        for (prompt, group) in prompts.iter().zip(&free).step_by(5) {
+            let alone = within(None).generate(std::slice::from_ref(prompt), samples).unwrap().groups;
+            assert_eq!(alone[0], *group);
+        }
+    }
 }
 
 /// All tokens of a prompt.

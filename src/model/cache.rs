@@ -110,6 +110,11 @@ impl KvCache {
         self.pages = 0;
     }
 
+    /// Bytes of the pages in use.
+    pub fn used_bytes(&self) -> usize {
+        self.used_pages() * Self::page_bytes(self.geometry, self.keys.len())
+    }
+
     /// Pages in use.
     pub fn used_pages(&self) -> usize {
         self.pages - self.free_pages.len()

@@ -95,6 +95,7 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
             held("moments", 8 * trained, 0),
             held("gradients", gradients, 0),
             held("activations, if layers are computed again", inputs, 0),
+            held("keys and values of 1,000 tokens", 1000 * config.cached_bytes(size_of::<f32>()) as u64, 0),
         ];
     }
     let optimizer = pipeline.train.as_ref().map(|train| train.optimizer.clone()).unwrap_or_default();

@@ -108,7 +108,7 @@ impl Engine<'_> {
     fn check(&self, prompts: &[Prompt]) -> Result<(), ModelError> {
         let limit = self.decoder.config().max_positions;
         for prompt in prompts {
-            let length = prompt.len() + self.stop.max_new_tokens;
+            let length = prompt.len().saturating_add(self.stop.max_new_tokens);
             if prompt.is_empty() {
                 return Err(ModelError::EmptyPrompt { ordinal: prompt.ordinal });
             }

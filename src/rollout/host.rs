@@ -40,16 +40,15 @@ pub(super) fn generate(
     samples: usize,
 ) -> Result<Generation, ModelError> {
     let queue = Queue::new(prompts, samples);
-    let lanes = lanes(engine, prompts.len() * samples);
-    let limits = queue.limits(engine, lanes);
-    let lanes: Vec<Result<Sampled, ModelError>> =
+    let (lanes, limits) = queue.lanes(engine);
+    let work: Vec<Result<Sampled, ModelError>> =
         (0..lanes).into_par_iter().map(|_| Lane::new(engine, &queue, limits).run()).collect();
     let mut all = Generation {
         groups: prompts.iter().map(|_| Vec::with_capacity(samples)).collect(),
         repeated_prompt_tokens: prompts.iter().map(|prompt| (prompt.len() * samples) as u64).sum(),
         ..Generation::default()
     };
-    for sampled in lanes {
+    for sampled in work {
         let Sampled { rollouts, prompt_tokens, flops, cache_bytes, seconds } = sampled?;
         all.cache_bytes += cache_bytes;
         all.unique_prompt_tokens += prompt_tokens;
@@ -65,47 +64,46 @@ pub(super) fn generate(
     Ok(all)
 }
 
-/// How many lanes share the work: of a small model one for each thread.
-fn lanes(engine: &Engine, replies: usize) -> usize {
-    let worthwhile = match engine.decoder.layout().len() {
-        ..=SMALL_MODEL => replies,
-        _ => replies / REPLIES_WORTH_THE_WEIGHTS,
-    };
-    worthwhile.clamp(1, rayon::current_num_threads().max(1))
-}
-
 /// Prompts that compute their trunk together, once.
 ///
-/// A trunk that has more prompts than a lane has room for is divided, but never for another reason: counted tokens and
-/// operations, from which the lengths of later stages are derived, depend on neither threads nor memory.
+/// A trunk is divided at a fixed number of prompts, whatever a lane has room for: counted tokens and operations, from which
+/// the lengths of later stages are derived, depend on neither threads nor memory.
 #[derive(Clone, Copy)]
 struct Part<'p> {
     prompts: &'p [Prompt],
     /// Number of the first among all.
     first: usize,
+    trunk_pages: usize,
+    /// Of the longest footer.
+    footer_pages: usize,
 }
 
-impl Part<'_> {
-    /// The forest of the prompts: trunk first, then their footers.
-    fn forest(&self) -> Forest {
-        let mut forest = Forest::default();
-        if let Some(prompt) = self.prompts.first() {
-            let trunks = add_trunk(&mut forest, prompt, self.prompts.iter().map(|prompt| prompt.length));
-            for prompt in self.prompts {
-                forest.add(trunks.get(&prompt.length).copied(), &prompt.footer);
-            }
-        }
-        forest
+impl<'p> Part<'p> {
+    fn new(prompts: &'p [Prompt], first: usize) -> Self {
+        let forest = forest(prompts);
+        let pages = forest.segments().iter().map(|segment| segment.length.div_ceil(PAGE));
+        let trunks = forest.segments().len() - prompts.len();
+        let (trunk_pages, footer_pages) =
+            (pages.clone().take(trunks).sum(), pages.skip(trunks).max().unwrap_or(0));
+        Self { prompts, first, trunk_pages, footer_pages }
     }
 
-    /// Pages of the trunk and of the longest footer.
+    /// Pages without which none of its prompts can enter.
     fn pages(&self) -> usize {
-        let forest = self.forest();
-        let pages = |at: usize| forest.segments()[at].length.div_ceil(PAGE);
-        let trunks = forest.segments().len() - self.prompts.len();
-        let footer = (trunks..forest.segments().len()).map(pages).max().unwrap_or(0);
-        (0..trunks).map(pages).sum::<usize>() + footer
+        self.trunk_pages + self.footer_pages
     }
+}
+
+/// The forest of prompts of one trunk: the trunk first, then a footer for each.
+fn forest(prompts: &[Prompt]) -> Forest {
+    let mut forest = Forest::default();
+    if let Some(prompt) = prompts.first() {
+        let trunks = add_trunk(&mut forest, prompt, prompts.iter().map(|prompt| prompt.length));
+        for prompt in prompts {
+            forest.add(trunks.get(&prompt.length).copied(), &prompt.footer);
+        }
+    }
+    forest
 }
 
 /// What lanes have still to do.
@@ -113,8 +111,10 @@ struct Queue<'p> {
     prompts: &'p [Prompt],
     waiting: Mutex<VecDeque<Part<'p>>>,
     samples: usize,
-    /// Replies of the largest part, and pages that the longest needs beside replies.
-    largest: (usize, usize),
+    /// Replies of the part that has most.
+    most_replies: usize,
+    /// Pages that the part needs which needs most, beside replies.
+    most_pages: usize,
 }
 
 impl<'p> Queue<'p> {
@@ -122,27 +122,30 @@ impl<'p> Queue<'p> {
         let mut first = 0;
         let parts = parts(prompts, samples).map(|prompts| {
             first += prompts.len();
-            Part { prompts, first: first - prompts.len() }
+            Part::new(prompts, first - prompts.len())
         });
         let waiting: VecDeque<Part> = parts.collect();
-        let replies = waiting.iter().map(|part| part.prompts.len() * samples).max().unwrap_or(0);
-        let largest = (replies, waiting.iter().map(Part::pages).max().unwrap_or(0));
-        Self { prompts, waiting: Mutex::new(waiting), samples, largest }
+        let most_replies = waiting.iter().map(|part| part.prompts.len() * samples).max().unwrap_or(0);
+        let most_pages = waiting.iter().map(Part::pages).max().unwrap_or(0);
+        Self { prompts, waiting: Mutex::new(waiting), samples, most_replies, most_pages }
     }
 
-    /// What one of so many lanes may hold.
-    fn limits(&self, engine: &Engine, lanes: usize) -> Limits {
-        let replies = (self.prompts.len() * self.samples).div_ceil(lanes).max(self.largest.0);
+    /// How many lanes share the work, and what each may hold: of a small model there is one for each thread, as far as the
+    /// memory has room for the longest prompt and reply in each of them.
+    fn lanes(&self, engine: &Engine) -> (usize, Limits) {
+        let (config, replies) = (engine.decoder.config(), self.prompts.len() * self.samples);
+        let worthwhile = match engine.decoder.layout().len() {
+            ..=SMALL_MODEL => replies,
+            _ => replies / REPLIES_WORTH_THE_WEIGHTS,
+        };
         let full = engine.stop.max_new_tokens.saturating_sub(1).div_ceil(PAGE);
-        let bytes = engine.cache_bytes.unwrap_or(CACHE_BYTES) / lanes as u64;
-        let config = engine.decoder.config();
         let page = KvCache::page_bytes(config.geometry(), config.layers).max(1) as u64;
-        let pages = usize::try_from(bytes / page).unwrap_or(usize::MAX);
-        Limits {
-            replies: replies.clamp(1, REPLIES_AT_ONCE.max(self.samples)),
-            pages: pages.max(self.largest.1 + full),
-            full,
-        }
+        let pages = usize::try_from(engine.cache_bytes.unwrap_or(CACHE_BYTES) / page).unwrap_or(usize::MAX);
+        let least = self.most_pages + full;
+        let lanes = worthwhile.min(rayon::current_num_threads()).min(pages / least.max(1)).max(1);
+        let replies = replies.div_ceil(lanes).max(self.most_replies);
+        let replies = replies.clamp(1, REPLIES_AT_ONCE.max(self.samples));
+        (lanes, Limits { replies, pages: (pages / lanes).max(least), full })
     }
 
     /// Takes the next part if `fits`.
@@ -155,7 +158,7 @@ impl<'p> Queue<'p> {
 /// What a lane may hold.
 #[derive(Clone, Copy)]
 struct Limits {
-    /// Replies that grow side by side.
+    /// Replies that grow side by side: at least the samples of one prompt.
     replies: usize,
     /// Pages of keys and values: enough for any part's trunk with one prompt and one reply.
     pages: usize,
@@ -180,13 +183,13 @@ struct Entering<'p> {
 
 impl<'p> Entering<'p> {
     fn new(part: Part<'p>) -> Self {
-        let forest = part.forest();
+        let forest = forest(part.prompts);
         let segments = forest.segments();
         let footers = segments.len() - part.prompts.len()..segments.len();
         // A prompt is not empty, so there is a row before its end.
-        let ends = footers.clone().filter_map(|at| forest.row_before(at, segments[at].length)).collect();
-        let reserved = segments[..footers.start].iter().map(|trunk| trunk.length.div_ceil(PAGE)).sum();
-        Self { nodes: vec![None; segments.len()], part, ends, segment: 0, row: 0, reserved, forest }
+        let ends = footers.filter_map(|at| forest.row_before(at, segments[at].length)).collect();
+        let (nodes, reserved) = (vec![None; segments.len()], part.trunk_pages);
+        Self { part, nodes, ends, segment: 0, row: 0, reserved, forest }
     }
 
     /// Segments that prompts share.
@@ -311,6 +314,7 @@ struct Lane<'a, 'p> {
     entering: Option<Entering<'p>>,
     ready: VecDeque<Ready>,
     live: Vec<Live>,
+    logits: Vec<f32>,
     sampled: Sampled,
 }
 
@@ -325,6 +329,7 @@ impl<'a, 'p> Lane<'a, 'p> {
             entering: None,
             ready: VecDeque::new(),
             live: Vec::new(),
+            logits: Vec::new(),
             sampled: Sampled::default(),
         }
     }
@@ -341,10 +346,7 @@ impl<'a, 'p> Lane<'a, 'p> {
                 break;
             }
             let prompts = pass.ids.len() - replies;
-            let config = self.engine.decoder.config();
-            let page = KvCache::page_bytes(config.geometry(), config.layers);
-            let cached = (self.cache.used_pages() * page) as u64;
-            self.sampled.cache_bytes = self.sampled.cache_bytes.max(cached);
+            self.sampled.cache_bytes = self.sampled.cache_bytes.max(self.cache.used_bytes() as u64);
             self.compute(pass, replies)?;
             let share = prompts as f64 / (prompts + replies).max(1) as f64;
             let elapsed = start.elapsed().as_secs_f64();
@@ -352,6 +354,8 @@ impl<'a, 'p> Lane<'a, 'p> {
             self.sampled.seconds.0 += share * elapsed;
             self.sampled.seconds.1 += (1.0 - share) * elapsed;
         }
+        // There is always room for one of them; if that were ever wrong, replies must not be lost in silence.
+        assert!(self.live.is_empty() && self.entering.is_none(), "replies wait for room for ever");
         Ok(Sampled { flops: self.workspace.flops, ..self.sampled })
     }
 
@@ -367,12 +371,11 @@ impl<'a, 'p> Lane<'a, 'p> {
         let mut free = self.free_pages();
         for live in &mut self.live {
             let needed = (live.cached() + 1).div_ceil(PAGE);
-            let new = needed - live.pages();
-            longest = longest.max(needed);
+            let (new, most) = (needed - live.pages(), longest.max(needed));
             let Some(&last) = live.growing.rollout.tokens.last() else { continue };
-            live.row = (free >= new + full.saturating_sub(longest)).then_some(pass.ids.len());
+            live.row = (free >= new + full.saturating_sub(most)).then_some(pass.ids.len());
             if live.row.is_some() {
-                free -= new;
+                (free, longest) = (free - new, most);
                 pass.add(live.node, &[last], &mut self.cache);
             }
         }
@@ -418,7 +421,7 @@ impl<'a, 'p> Lane<'a, 'p> {
     fn has_room(&self, ready: usize, pages: usize) -> bool {
         let samples = self.queue.samples;
         let replies = self.live.len() + ready * samples;
-        // Few replies become as long as they may.
+        // Few replies become as long as they may; those that are too many for that pause, which costs time alone.
         let typical = self.limits.full.div_ceil(4);
         let claims: usize = self.live.iter().map(|live| typical.saturating_sub(live.pages())).sum();
         let demand = claims + (ready + 1) * samples * typical;
@@ -441,6 +444,7 @@ impl<'a, 'p> Lane<'a, 'p> {
         for ((ready, _), state) in ends.into_iter().zip(of_prompts.chunks_exact(width)) {
             self.ready.push_back(Ready { state: state.to_vec(), ..ready });
         }
+        // Pages of prompts that are ready are in use already.
         while self.has_room(0, 0)
             && let Some(ready) = self.ready.pop_front()
         {
@@ -454,6 +458,9 @@ impl<'a, 'p> Lane<'a, 'p> {
 
     /// Begins the replies to a prompt, whose first tokens come from one row of hidden states.
     fn begin(&mut self, ready: &Ready, row: usize) {
+        if self.queue.samples == 0 {
+            return self.cache.release_path(ready.node);
+        }
         for sample in 0..self.queue.samples {
             let growing = Growing::new(self.engine, &self.queue.prompts[ready.prompt], sample);
             let node = self.cache.insert(Some(ready.node));
@@ -466,9 +473,9 @@ impl<'a, 'p> Lane<'a, 'p> {
         let config = self.engine.decoder.config();
         let (width, vocabulary) = (config.hidden_size, config.vocab_size);
         let rows_at_once = (LOGITS_AT_ONCE / vocabulary).max(1);
-        let (sampling, mut logits) = (&self.engine.sampling, Vec::new());
+        let (sampling, logits) = (&self.engine.sampling, &mut self.logits);
         for (block, states) in states.chunks(rows_at_once * width).enumerate() {
-            self.engine.decoder.logits(states, &mut logits, &mut self.workspace);
+            self.engine.decoder.logits(states, logits, &mut self.workspace);
             let first = block * rows_at_once;
             self.live.par_iter_mut().for_each_init(Vec::new, |scratch, live| {
                 let at = live.row.and_then(|row| row.checked_sub(first));
