@@ -1,13 +1,30 @@
-//! What several commands read: a model, and a text.
+//! What several commands read: a pipeline, a model, and a text.
 
 use super::output;
 use anyhow::Context;
-use rpt::config::{Pipeline, TokenizerConfig};
+use rpt::config::{Loaded, Pipeline, TokenizerConfig};
 use rpt::model::{Decoder, DeviceName, DeviceSettings, Dtype, Products};
 use rpt::pipeline::RunDirectory;
 use rpt::tokenize::{SpecialTokens, Tokenizer};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+
+/// A pipeline file and what is said instead of its values.
+#[derive(clap::Args)]
+pub(super) struct PipelineArguments {
+    /// Pipeline file (TOML; `rpt schema` describes it)
+    #[arg(value_name = "PIPELINE")]
+    pipeline: PathBuf,
+    /// Replace or add a value of the pipeline file, for example train.steps=20; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+impl PipelineArguments {
+    pub(super) fn load(&self) -> anyhow::Result<Loaded> {
+        Ok(rpt::config::load(&self.pipeline, &self.set).map_err(rpt::Error::from)?)
+    }
+}
 
 /// A text, from the command line or a file.
 #[derive(clap::Args)]

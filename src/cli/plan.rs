@@ -1,18 +1,14 @@
 //! `rpt plan`: what a run would do and hold, without doing it.
 
+use super::input::PipelineArguments;
 use super::output;
 use rpt::config::Loaded;
 use rpt::pipeline;
-use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Pipeline file (TOML; `rpt schema` describes it)
-    #[arg(value_name = "PIPELINE")]
-    pipeline: PathBuf,
-    /// Replace or add a value of the pipeline file, for example model.device=cuda; may be repeated
-    #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
+    #[command(flatten)]
+    pipeline: PipelineArguments,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -20,7 +16,7 @@ pub(super) struct Arguments {
 
 impl Arguments {
     pub(super) fn execute(&self) -> anyhow::Result<()> {
-        print(&rpt::config::load(&self.pipeline, &self.set).map_err(rpt::Error::from)?, self.json)
+        print(&self.pipeline.load()?, self.json)
     }
 }
 

@@ -29,7 +29,7 @@ impl ShareArguments {
     }
 
     fn prepare(&self, share: Share) -> anyhow::Result<()> {
-        let loaded = self.run.load()?;
+        let loaded = self.run.pipeline.load()?;
         let directory = self.run.out.clone().unwrap_or_else(|| Path::new("runs").join(&loaded.name));
         let outcome = pipeline::prepare_share(&loaded, directory, share, &run::interrupt_flag()?)?;
         let (directory, complete) = match &outcome {

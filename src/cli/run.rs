@@ -1,8 +1,8 @@
 //! `rpt run` and `rpt train`: a pipeline up to some stage.
 
+use super::input::PipelineArguments;
 use super::{output, plan};
 use anyhow::Context;
-use rpt::config::Loaded;
 use rpt::pipeline::{self, RunOptions, RunOutcome, Until};
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -16,12 +16,8 @@ const INTERRUPTED: i32 = 75;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Pipeline file (TOML; `rpt schema` describes it)
-    #[arg(value_name = "PIPELINE")]
-    pipeline: PathBuf,
-    /// Replace or add a value of the pipeline file, for example train.steps=20; may be repeated
-    #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
+    #[command(flatten)]
+    pub(super) pipeline: PipelineArguments,
     /// Run directory [default: named after the pipeline file]
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
@@ -36,17 +32,13 @@ pub(super) struct Arguments {
 
 impl Arguments {
     pub(super) fn execute(&self, until: Until) -> anyhow::Result<()> {
-        let loaded = self.load()?;
+        let loaded = self.pipeline.load()?;
         if self.dry_run {
             return plan::print(&loaded, self.json);
         }
         let options = RunOptions { out: self.out.clone(), until };
         let outcome = pipeline::run(&loaded, &options, &interrupt_flag()?)?;
         self.print(&outcome)
-    }
-
-    pub(super) fn load(&self) -> anyhow::Result<Loaded> {
-        Ok(rpt::config::load(&self.pipeline, &self.set).map_err(rpt::Error::from)?)
     }
 
     fn print(&self, outcome: &RunOutcome) -> anyhow::Result<()> {

@@ -30,7 +30,7 @@ const ROW_STEPS_PER_BLOCK: usize = 1024;
 const FEW_ROWS: usize = 8;
 /// Panels that one task of a parallel product works on.
 const PANELS_PER_TASK: usize = 16;
-/// The same where a task first copies its rows.
+/// The same where a task first copies its rows, which pays for more than those.
 const PANELS_PER_COPY: usize = 64;
 /// Panels that one task of a transposed product unpacks at a time.
 const PANELS_PER_TRANSPOSE: usize = 8;
@@ -204,7 +204,8 @@ fn block<T: Factor>(
     accumulate: bool,
 ) {
     let steps = right.steps();
-    if left.inner_stride == 1 && !(left.collides() && rows.len() > FEW_ROWS) {
+    let copy_pays = left.collides() && rows.len() > FEW_ROWS && panels.len() > PANELS_PER_TASK;
+    if left.inner_stride == 1 && !copy_pays {
         let part = Part { left, first_row: 0, rows, right, inner: 0..steps, accumulate };
         return part.sweep(panels, out);
     }

@@ -68,48 +68,49 @@ pub(super) fn generate(
 ///
 /// A trunk is divided at a fixed number of prompts, whatever a lane has room for: counted tokens and operations, from which
 /// the lengths of later stages are derived, depend on neither threads nor memory.
-#[derive(Clone, Copy)]
-struct Part<'p> {
-    prompts: &'p [Prompt],
-    /// Number of the first among all.
+struct Part {
+    /// The trunk's segments, then a footer for each prompt.
+    forest: Forest,
+    /// How many segments the trunk has.
+    trunks: usize,
+    /// Number of the first prompt among all.
     first: usize,
-    trunk_pages: usize,
-    /// Of the longest footer.
-    footer_pages: usize,
 }
 
-impl<'p> Part<'p> {
-    fn new(prompts: &'p [Prompt], first: usize) -> Self {
-        let forest = forest(prompts);
-        let pages = forest.segments().iter().map(|segment| segment.length.div_ceil(PAGE));
-        let trunks = forest.segments().len() - prompts.len();
-        let (trunk_pages, footer_pages) =
-            (pages.clone().take(trunks).sum(), pages.skip(trunks).max().unwrap_or(0));
-        Self { prompts, first, trunk_pages, footer_pages }
+impl Part {
+    fn new(prompts: &[Prompt], first: usize) -> Self {
+        let mut forest = Forest::default();
+        if let Some(prompt) = prompts.first() {
+            let ends = add_trunk(&mut forest, prompt, prompts.iter().map(|prompt| prompt.length));
+            for prompt in prompts {
+                forest.add(ends.get(&prompt.length).copied(), &prompt.footer);
+            }
+        }
+        Self { trunks: forest.segments().len() - prompts.len(), forest, first }
+    }
+
+    fn prompts(&self) -> usize {
+        self.forest.segments().len() - self.trunks
+    }
+
+    fn trunk_pages(&self) -> usize {
+        self.pages().take(self.trunks).sum()
     }
 
     /// Pages without which none of its prompts can enter.
-    fn pages(&self) -> usize {
-        self.trunk_pages + self.footer_pages
+    fn least_pages(&self) -> usize {
+        self.trunk_pages() + self.pages().skip(self.trunks).max().unwrap_or(0)
     }
-}
 
-/// The forest of prompts of one trunk: the trunk first, then a footer for each.
-fn forest(prompts: &[Prompt]) -> Forest {
-    let mut forest = Forest::default();
-    if let Some(prompt) = prompts.first() {
-        let trunks = add_trunk(&mut forest, prompt, prompts.iter().map(|prompt| prompt.length));
-        for prompt in prompts {
-            forest.add(trunks.get(&prompt.length).copied(), &prompt.footer);
-        }
+    fn pages(&self) -> impl Iterator<Item = usize> {
+        self.forest.segments().iter().map(|segment| segment.length.div_ceil(PAGE))
     }
-    forest
 }
 
 /// What lanes have still to do.
 struct Queue<'p> {
     prompts: &'p [Prompt],
-    waiting: Mutex<VecDeque<Part<'p>>>,
+    waiting: Mutex<VecDeque<Part>>,
     samples: usize,
     /// Replies of the part that has most.
     most_replies: usize,
@@ -125,8 +126,8 @@ impl<'p> Queue<'p> {
             Part::new(prompts, first - prompts.len())
         });
         let waiting: VecDeque<Part> = parts.collect();
-        let most_replies = waiting.iter().map(|part| part.prompts.len() * samples).max().unwrap_or(0);
-        let most_pages = waiting.iter().map(Part::pages).max().unwrap_or(0);
+        let most_replies = waiting.iter().map(|part| part.prompts() * samples).max().unwrap_or(0);
+        let most_pages = waiting.iter().map(Part::least_pages).max().unwrap_or(0);
         Self { prompts, waiting: Mutex::new(waiting), samples, most_replies, most_pages }
     }
 
@@ -149,7 +150,7 @@ impl<'p> Queue<'p> {
     }
 
     /// Takes the next part if `fits`.
-    fn take(&self, fits: impl FnOnce(&Part) -> bool) -> Option<Part<'p>> {
+    fn take(&self, fits: impl FnOnce(&Part) -> bool) -> Option<Part> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         fits(waiting.front()?).then(|| waiting.pop_front()).flatten()
     }
@@ -167,9 +168,8 @@ struct Limits {
 }
 
 /// Prompts of a trunk on their way into the cache.
-struct Entering<'p> {
-    part: Part<'p>,
-    forest: Forest,
+struct Entering {
+    part: Part,
     /// Node of each segment, once it is begun.
     nodes: Vec<Option<NodeId>>,
     /// Row of the forest with which each prompt ends.
@@ -181,25 +181,19 @@ struct Entering<'p> {
     reserved: usize,
 }
 
-impl<'p> Entering<'p> {
-    fn new(part: Part<'p>) -> Self {
-        let forest = forest(part.prompts);
-        let segments = forest.segments();
-        let footers = segments.len() - part.prompts.len()..segments.len();
+impl Entering {
+    fn new(part: Part) -> Self {
+        let segments = part.forest.segments();
         // A prompt is not empty, so there is a row before its end.
-        let ends = footers.filter_map(|at| forest.row_before(at, segments[at].length)).collect();
-        let (nodes, reserved) = (vec![None; segments.len()], part.trunk_pages);
-        Self { part, nodes, ends, segment: 0, row: 0, reserved, forest }
-    }
-
-    /// Segments that prompts share.
-    fn trunks(&self) -> usize {
-        self.nodes.len() - self.part.prompts.len()
+        let footers = part.trunks..segments.len();
+        let ends = footers.filter_map(|at| part.forest.row_before(at, segments[at].length)).collect();
+        let (nodes, reserved) = (vec![None; segments.len()], part.trunk_pages());
+        Self { part, nodes, ends, segment: 0, row: 0, reserved }
     }
 
     /// The segment to be computed next, and how many of its tokens are left.
     fn next(&mut self) -> Option<(usize, usize)> {
-        while let Some(segment) = self.forest.segments().get(self.segment) {
+        while let Some(segment) = self.part.forest.segments().get(self.segment) {
             let end = segment.row + segment.length;
             if self.row < end {
                 return Some((self.segment, end - self.row));
@@ -214,9 +208,9 @@ impl<'p> Entering<'p> {
         if let Some(node) = self.nodes[segment] {
             return node;
         }
-        let parent = self.forest.segments()[segment].parent.and_then(|parent| self.nodes[parent]);
+        let parent = self.part.forest.segments()[segment].parent.and_then(|parent| self.nodes[parent]);
         let node = cache.insert(parent);
-        if segment < self.trunks() {
+        if segment < self.part.trunks {
             cache.hold(node);
         }
         self.nodes[segment] = Some(node);
@@ -228,23 +222,30 @@ impl<'p> Entering<'p> {
         let node = self.node(segment, cache);
         let (from, first, used) = (self.row, pass.ids.len(), cache.used_pages());
         self.row += count;
-        pass.add(node, &self.forest.ids()[from..self.row], cache);
+        pass.add(node, &self.part.forest.ids()[from..self.row], cache);
         self.reserved = self.reserved.saturating_sub(cache.used_pages() - used);
-        for prompt in 0..self.part.prompts.len() {
-            if (from..self.row).contains(&self.ends[prompt]) {
-                let node = self.node(self.trunks() + prompt, cache);
-                let row = first + self.ends[prompt] - from;
-                pass.ends.push((Ready { prompt: self.part.first + prompt, node, state: Vec::new() }, row));
+        for at in 0..self.ends.len() {
+            if (from..self.row).contains(&self.ends[at]) {
+                let node = self.node(self.part.trunks + at, cache);
+                let row = first + self.ends[at] - from;
+                pass.complete.push(Complete { prompt: self.part.first + at, node, row });
             }
         }
     }
 
     /// Lets the trunk go, which replies may still hold.
     fn leave(self, cache: &mut KvCache) {
-        for node in self.nodes[..self.trunks()].iter().rev().flatten() {
+        for node in self.nodes[..self.part.trunks].iter().rev().flatten() {
             cache.let_go(*node);
         }
     }
+}
+
+/// A prompt that a pass completes, and the row of its last token.
+struct Complete {
+    prompt: usize,
+    node: NodeId,
+    row: usize,
 }
 
 /// A prompt in the cache, with the normalised hidden state behind its last token.
@@ -279,8 +280,7 @@ impl Live {
 struct Pass {
     ids: Vec<u32>,
     extensions: Vec<Extension>,
-    /// Prompts that are complete with it, and the row of their last token.
-    ends: Vec<(Ready, usize)>,
+    complete: Vec<Complete>,
 }
 
 impl Pass {
@@ -311,7 +311,7 @@ struct Lane<'a, 'p> {
     limits: Limits,
     cache: KvCache,
     workspace: Workspace,
-    entering: Option<Entering<'p>>,
+    entering: Option<Entering>,
     ready: VecDeque<Ready>,
     live: Vec<Live>,
     logits: Vec<f32>,
@@ -385,20 +385,20 @@ impl<'a, 'p> Lane<'a, 'p> {
     fn add_prompts(&mut self, pass: &mut Pass) {
         let mut left = PROMPT_TOKENS_AT_ONCE;
         while left > 0 {
-            let ready = self.ready.len() + pass.ends.len();
+            let ready = self.ready.len() + pass.complete.len();
             let Some(mut entering) = self.entering.take().or_else(|| self.next_part(ready)) else { return };
             let Some((segment, tokens)) = entering.next() else {
                 entering.leave(&mut self.cache);
                 continue;
             };
             let (pages, begins) = (tokens.div_ceil(PAGE), entering.nodes[segment].is_none());
-            if begins && segment >= entering.trunks() {
-                // Taken out, it reserves nothing: it is a trunk that is computed.
-                if !self.has_room(ready, pages) {
+            if begins && segment >= entering.part.trunks {
+                // What was reserved for the segments before it is in use by now.
+                if !self.has_room(ready, 1, pages) {
                     self.entering = Some(entering);
                     return;
                 }
-                entering.reserved += pages;
+                entering.reserved = pages;
             }
             let count = tokens.min(left);
             left -= count;
@@ -408,17 +408,14 @@ impl<'a, 'p> Lane<'a, 'p> {
     }
 
     /// The next part, if all its replies fit beside those that grow and those of `ready` prompts.
-    fn next_part(&self, ready: usize) -> Option<Entering<'p>> {
-        let replies = self.live.len() + ready * self.queue.samples;
-        let fits = |part: &Part| {
-            let all = replies + part.prompts.len() * self.queue.samples;
-            replies == 0 || all <= self.limits.replies && self.has_room(ready, part.pages())
-        };
+    fn next_part(&self, ready: usize) -> Option<Entering> {
+        let fits = |part: &Part| self.has_room(ready, part.prompts(), part.least_pages());
         self.queue.take(fits).map(Entering::new)
     }
 
-    /// Whether one more prompt of so many pages may enter with its replies, when `ready` others wait to begin theirs.
-    fn has_room(&self, ready: usize, pages: usize) -> bool {
+    /// Whether there is room for the replies to some prompts, and the pages that the first of these needs, beside the replies
+    /// that grow and those of `ready` prompts. Where there are none of either, the limits see to it.
+    fn has_room(&self, ready: usize, prompts: usize, pages: usize) -> bool {
         let samples = self.queue.samples;
         let replies = self.live.len() + ready * samples;
         // Few replies become as long as they may; those that are too many for that pause, which costs time alone.
@@ -426,26 +423,27 @@ impl<'a, 'p> Lane<'a, 'p> {
         let claims: usize = self.live.iter().map(|live| typical.saturating_sub(live.pages())).sum();
         let demand = claims + (ready + 1) * samples * typical;
         replies == 0
-            || replies + samples <= self.limits.replies
+            || replies + prompts * samples <= self.limits.replies
                 && self.free_pages() >= pages + demand.max(self.limits.full)
     }
 
     /// Runs a pass with so many replies, draws their next tokens and the first ones of replies that begin.
     fn compute(&mut self, pass: Pass, replies: usize) -> Result<(), ModelError> {
-        let Pass { ids, extensions, ends } = pass;
+        let Pass { ids, extensions, complete } = pass;
         let decoder = self.engine.decoder;
         if !ids.is_empty() {
             decoder.forward(&ids, &extensions, &mut self.cache, &mut self.workspace, None)?;
         }
-        let rows: Vec<usize> = (0..replies).chain(ends.iter().map(|(_, row)| *row)).collect();
+        let rows: Vec<usize> = (0..replies).chain(complete.iter().map(|prompt| prompt.row)).collect();
         let mut states = decoder.hidden(&self.workspace, &rows);
         let width = decoder.config().hidden_size;
         let of_prompts = states.split_off(replies * width);
-        for ((ready, _), state) in ends.into_iter().zip(of_prompts.chunks_exact(width)) {
-            self.ready.push_back(Ready { state: state.to_vec(), ..ready });
+        for (Complete { prompt, node, .. }, state) in complete.into_iter().zip(of_prompts.chunks_exact(width))
+        {
+            self.ready.push_back(Ready { prompt, node, state: state.to_vec() });
         }
-        // Pages of prompts that are ready are in use already.
-        while self.has_room(0, 0)
+        // Prompts that are ready have their pages already.
+        while self.has_room(0, 1, 0)
             && let Some(ready) = self.ready.pop_front()
         {
             self.begin(&ready, states.len() / width);
