@@ -271,10 +271,11 @@ impl<T: Factor> Part<'_, T> {
                 let operands = self.operands(panel, count);
                 operands.check(self.rows.len(), count);
                 let start = self.rows.start * columns + panel * LANES;
-                let out = out.pointer(start, (self.rows.len() - 1) * columns + count * LANES);
+                let first = out.pointer(start, (self.rows.len() - 1) * columns + count * LANES);
+                let out = Target { first, stride: columns, accumulate: self.accumulate };
                 // SAFETY: the operands were checked, the output range lies inside the buffer, and
                 // only these panels of these rows are touched, which belong to this task alone.
-                unsafe { tiles_at(&operands, self.rows.len(), count, out, columns, self.accumulate) };
+                unsafe { tiles_at(&operands, self.rows.len(), count, out) };
             } else {
                 self.narrow(panel, left, out);
             }
@@ -328,9 +329,19 @@ pub(super) struct Operands<'a, T = f32> {
     pub(super) panel_stride: usize,
 }
 
+/// Where a product goes: element (row, lane) of panel p at `row * stride + p * 16 + lane`.
+#[derive(Clone, Copy)]
+struct Target {
+    first: *mut f32,
+    stride: usize,
+    /// Whether the chains go on from what is there.
+    accumulate: bool,
+}
+
 impl<T> Operands<'_, T> {
     fn check(&self, rows: usize, panels: usize) {
         self.left.check(rows, self.inner);
+        assert!(self.left.inner_stride == 1 || self.left.row_stride == 1, "left matrix with two strides");
         if self.inner > 0 && panels > 0 {
             let last = (panels - 1) * self.panel_stride + (self.inner - 1) * self.right_stride + LANES;
             assert!(self.right.len() >= last, "panels too small");
@@ -352,23 +363,17 @@ pub(super) fn tiles<T: Factor>(
     }
     operands.check(rows, panels);
     assert!(out.len() >= (rows - 1) * out_stride + panels * LANES, "output too small");
+    let out = Target { first: out.as_mut_ptr(), stride: out_stride, accumulate };
     // SAFETY: the bounds of all three operands were checked above.
-    unsafe { tiles_at(operands, rows, panels, out.as_mut_ptr(), out_stride, accumulate) }
+    unsafe { tiles_at(operands, rows, panels, out) }
 }
 
 /// As [`tiles`], to a place that other threads may be writing around.
 ///
 /// # Safety
-/// The operands were checked, and the rows x panels elements at `out` are the caller's alone.
-unsafe fn tiles_at<T: Factor>(
-    operands: &Operands<T>,
-    rows: usize,
-    panels: usize,
-    out: *mut f32,
-    out_stride: usize,
-    accumulate: bool,
-) {
-    let tiles: unsafe fn(&Operands<T>, usize, usize, *mut f32, usize, bool) = match (isa(), T::STEPS) {
+/// The operands were checked, and the rows x panels elements of `out` are the caller's alone.
+unsafe fn tiles_at<T: Factor>(operands: &Operands<T>, rows: usize, panels: usize, out: Target) {
+    let tiles: unsafe fn(&Operands<T>, usize, usize, Target) = match (isa(), T::STEPS) {
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512, 2) if has_bf16_products() => pairs_avx512,
         #[cfg(target_arch = "x86_64")]
@@ -381,23 +386,22 @@ unsafe fn tiles_at<T: Factor>(
         _ => tiles_portable,
     };
     // SAFETY: bounds by the caller's promise; `isa` names an instruction set only after detecting it.
-    unsafe { tiles(operands, rows, panels, out, out_stride, accumulate) }
+    unsafe { tiles(operands, rows, panels, out) }
 }
 
-/// [`sweep`] with some lanes and rows, compiled for an instruction set.
+/// [`sweep`] with some lanes, rows and steps, compiled for an instruction set.
 macro_rules! tiles_with {
-    ($(#[$attribute:meta])* $name:ident, $lanes:ty, $rows:literal) => {
+    ($(#[$attribute:meta])* $name:ident, $lanes:ty, $rows:literal, $steps:literal) => {
         $(#[$attribute])*
-        unsafe fn $name<T: Factor>(
-            operands: &Operands<T>,
-            rows: usize,
-            panels: usize,
-            out: *mut f32,
-            stride: usize,
-            accumulate: bool,
-        ) {
+        unsafe fn $name<T: Factor>(operands: &Operands<T>, rows: usize, panels: usize, out: Target) {
             // SAFETY: bounds checked by `tiles`.
-            unsafe { sweep::<$lanes, T, $rows>(operands, rows, panels, out, stride, accumulate) }
+            unsafe {
+                if operands.left.inner_stride == 1 {
+                    sweep::<$lanes, T, $rows, $steps, false>(operands, rows, panels, out);
+                } else {
+                    sweep::<$lanes, T, $rows, $steps, true>(operands, rows, panels, out);
+                }
+            }
         }
     };
 }
@@ -405,35 +409,35 @@ macro_rules! tiles_with {
 tiles_with! {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512bf16,avx512f,avx512vl,avx512dq,avx512bw,avx2,f16c,fma")]
-    pairs_avx512, x86::WidePairs, 12
+    pairs_avx512, x86::WidePairs, 12, 1
 }
 tiles_with! {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,f16c,fma")]
-    pairs_avx2, PairChains, 4
+    pairs_avx2, PairChains, 4, 1
 }
-tiles_with! { pairs_portable, PairChains, 4 }
+tiles_with! { pairs_portable, PairChains, 4, 1 }
 tiles_with! {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,f16c,fma")]
-    tiles_avx512, x86::Wide, 12
+    tiles_avx512, x86::Wide, 12, 1
 }
+// Four steps at once: half of this loop would else be counting, for which two threads that share a core have no room.
 tiles_with! {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,f16c,fma")]
-    tiles_avx2, x86::Pair, 6
+    tiles_avx2, x86::Pair, 6, 4
 }
-tiles_with! { tiles_portable, [f32; 16], 4 }
+tiles_with! { tiles_portable, [f32; 16], 4, 1 }
 
-/// Covers rows and panels with register tiles of at most `ROWS` rows and two panels.
+/// Covers rows and panels with register tiles of at most `ROWS` rows and two panels, whose loop counts every `STEPS` steps.
+/// `ACROSS` is a left matrix whose rows are adjacent, not its steps.
 #[inline(always)]
-unsafe fn sweep<V: Lanes, T: Factor, const ROWS: usize>(
+unsafe fn sweep<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, const ACROSS: bool>(
     operands: &Operands<T>,
     rows: usize,
     panels: usize,
-    out: *mut f32,
-    stride: usize,
-    accumulate: bool,
+    out: Target,
 ) {
     // Two panels at once only where the register file holds twice the rows: AVX-512.
     let wide = ROWS >= 12;
@@ -446,16 +450,16 @@ unsafe fn sweep<V: Lanes, T: Factor, const ROWS: usize>(
             // SAFETY: the tile lies inside the bounds that `tiles` checked.
             unsafe {
                 row += match (height, count) {
-                    (12.., 2) if wide => tile::<V, T, 12, 2>(operands, row, panel, out, stride, accumulate),
-                    (8.., 2) => tile::<V, T, 8, 2>(operands, row, panel, out, stride, accumulate),
-                    (4.., 2) => tile::<V, T, 4, 2>(operands, row, panel, out, stride, accumulate),
-                    (2.., 2) => tile::<V, T, 2, 2>(operands, row, panel, out, stride, accumulate),
-                    (_, 2) => tile::<V, T, 1, 2>(operands, row, panel, out, stride, accumulate),
-                    (12.., _) if wide => tile::<V, T, 12, 1>(operands, row, panel, out, stride, accumulate),
-                    (6.., _) => tile::<V, T, 6, 1>(operands, row, panel, out, stride, accumulate),
-                    (4.., _) => tile::<V, T, 4, 1>(operands, row, panel, out, stride, accumulate),
-                    (2.., _) => tile::<V, T, 2, 1>(operands, row, panel, out, stride, accumulate),
-                    _ => tile::<V, T, 1, 1>(operands, row, panel, out, stride, accumulate),
+                    (12.., 2) if wide => tile::<V, T, 12, 2, STEPS, ACROSS>(operands, row, panel, out),
+                    (8.., 2) => tile::<V, T, 8, 2, STEPS, ACROSS>(operands, row, panel, out),
+                    (4.., 2) => tile::<V, T, 4, 2, STEPS, ACROSS>(operands, row, panel, out),
+                    (2.., 2) => tile::<V, T, 2, 2, STEPS, ACROSS>(operands, row, panel, out),
+                    (_, 2) => tile::<V, T, 1, 2, STEPS, ACROSS>(operands, row, panel, out),
+                    (12.., _) if wide => tile::<V, T, 12, 1, STEPS, ACROSS>(operands, row, panel, out),
+                    (6.., _) => tile::<V, T, 6, 1, STEPS, ACROSS>(operands, row, panel, out),
+                    (4.., _) => tile::<V, T, 4, 1, STEPS, ACROSS>(operands, row, panel, out),
+                    (2.., _) => tile::<V, T, 2, 1, STEPS, ACROSS>(operands, row, panel, out),
+                    _ => tile::<V, T, 1, 1, STEPS, ACROSS>(operands, row, panel, out),
                 };
             }
         }
@@ -463,20 +467,55 @@ unsafe fn sweep<V: Lanes, T: Factor, const ROWS: usize>(
     }
 }
 
-/// One register tile; returns its number of rows.
+/// Adds the products of one step to a tile's sums: of an element of every row, and sixteen factors of every panel.
+///
+/// # Safety
+/// These elements, `offset` behind every row's, and factors can be read.
 #[inline(always)]
-unsafe fn tile<V: Lanes, T: Factor, const R: usize, const P: usize>(
+unsafe fn add_step<V: Lanes, T: Factor, const R: usize, const P: usize>(
+    sums: &mut [[V; P]; R],
+    rows: &[*const f32; R],
+    offset: usize,
+    panels: &[*const T; P],
+) {
+    // SAFETY: the caller vouches for the elements.
+    unsafe {
+        let mut b = [V::zero(); P];
+        for (b, at) in b.iter_mut().zip(panels) {
+            *b = T::load(*at);
+        }
+        for (sums, at) in sums.iter_mut().zip(rows) {
+            let a = *at.wrapping_add(offset);
+            for (sum, b) in sums.iter_mut().zip(b) {
+                *sum = sum.add_product(a, b);
+            }
+        }
+    }
+}
+
+/// One register tile; returns its number of rows.
+///
+/// # Safety
+/// It lies inside what `tiles` checked.
+#[inline(always)]
+unsafe fn tile<
+    V: Lanes,
+    T: Factor,
+    const R: usize,
+    const P: usize,
+    const STEPS: usize,
+    const ACROSS: bool,
+>(
     operands: &Operands<T>,
     row: usize,
     panel: usize,
-    out: *mut f32,
-    stride: usize,
-    accumulate: bool,
+    Target { first, stride, accumulate }: Target,
 ) -> usize {
     let Operands { left, inner, right, right_stride, panel_stride } = *operands;
+    let (row_stride, inner_stride) = if ACROSS { (1, left.inner_stride) } else { (left.row_stride, 1) };
     // SAFETY: `tiles` checked that every row, panel and step lies inside its slice.
     unsafe {
-        let out_at = out.add(row * stride + panel * LANES);
+        let out_at = first.add(row * stride + panel * LANES);
         let mut sums = [[V::zero(); P]; R];
         if accumulate {
             for (r, sums) in sums.iter_mut().enumerate() {
@@ -485,29 +524,29 @@ unsafe fn tile<V: Lanes, T: Factor, const R: usize, const P: usize>(
                 }
             }
         }
-        // One moving pointer per row and panel: the inner loop computes no other address.
         let mut rows = [left.values.as_ptr(); R];
         for (r, at) in rows.iter_mut().enumerate() {
-            *at = at.add((row + r) * left.row_stride);
+            *at = at.add((row + r) * row_stride);
         }
         let mut panels = [right.as_ptr(); P];
         for (p, at) in panels.iter_mut().enumerate() {
             *at = at.add((panel + p) * panel_stride);
         }
-        let (mut step, mut right_step) = (0_usize, 0_usize);
-        for _ in 0..inner {
-            let mut b = [V::zero(); P];
-            for (b, at) in b.iter_mut().zip(panels) {
-                *b = T::load(at.wrapping_add(right_step));
-            }
-            for (sums, at) in sums.iter_mut().zip(rows) {
-                let a = *at.wrapping_add(step);
-                for (sum, b) in sums.iter_mut().zip(b) {
-                    *sum = sum.add_product(a, b);
+        for _ in 0..inner / STEPS {
+            for step in 0..STEPS {
+                add_step(&mut sums, &rows, if ACROSS { 0 } else { step }, &panels);
+                if ACROSS {
+                    rows = rows.map(|at| at.wrapping_add(left.inner_stride));
                 }
+                panels = panels.map(|at| at.wrapping_add(right_stride));
             }
-            step = step.wrapping_add(left.inner_stride);
-            right_step = right_step.wrapping_add(right_stride);
+            if !ACROSS {
+                rows = rows.map(|at| at.wrapping_add(STEPS));
+            }
+        }
+        for step in 0..inner % STEPS {
+            add_step(&mut sums, &rows, step * inner_stride, &panels);
+            panels = panels.map(|at| at.wrapping_add(right_stride));
         }
         for (r, sums) in sums.iter().enumerate() {
             for (p, sum) in sums.iter().enumerate() {

@@ -290,8 +290,12 @@ fn pack(panels: &mut [f32], matrix: &[f32], inner: usize, columns: usize, stride
     tasks.enumerate().for_each(|(panel, values)| {
         let first = panel * LANES;
         let width = LANES.min(columns - first);
-        for k in 0..inner {
-            values[k * LANES..][..width].copy_from_slice(&matrix[k * stride + first..][..width]);
+        for (out, row) in values.as_chunks_mut().0.iter_mut().zip(matrix[first..].chunks(stride)) {
+            match row[..width].as_array::<LANES>() {
+                // Of known length: moves instead of a call.
+                Some(whole) => *out = *whole,
+                None => out[..width].copy_from_slice(&row[..width]),
+            }
         }
     });
 }
