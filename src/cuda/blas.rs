@@ -29,7 +29,8 @@ const CANDIDATES: usize = 8;
 pub(super) struct Blas {
     context: Arc<Context>,
     handle: sys::cublasLtHandle_t,
-    workspace: Buffer<u8>,
+    /// For products on the first stream and on the second.
+    workspaces: [Buffer<u8>; 2],
     /// `None` where the library has no algorithm.
     plans: Mutex<HashMap<Product, Option<Arc<Plan>>>>,
 }
@@ -45,13 +46,14 @@ impl Blas {
         if !unsafe { sys::is_culib_present() } {
             return Err(CudaError::NoBlas);
         }
-        let workspace = device.allocate("workspace of matrix products", WORKSPACE_BYTES)?;
+        let workspace = || device.allocate("workspace of matrix products", WORKSPACE_BYTES);
+        let workspaces = [workspace()?, workspace()?];
         device.context.make_current()?;
         let handle = made("cublasLtCreate", |handle| {
             // SAFETY: `handle` is writable, a context current.
             unsafe { sys::cublasLtCreate(handle) }
         })?;
-        Ok(Self { context: Arc::clone(&device.context), handle, workspace, plans: Mutex::default() })
+        Ok(Self { context: Arc::clone(&device.context), handle, workspaces, plans: Mutex::default() })
     }
 
     /// Asks the device for the product; `false` when the library has no algorithm for it.
@@ -66,7 +68,7 @@ impl Blas {
         let Some(plan) = self.plan(product)? else { return Ok(false) };
         let one = 1.0f32;
         let beta = if accumulate { 1.0f32 } else { 0.0 };
-        let workspace = Slice::from(&self.workspace);
+        let workspace = Slice::from(&self.workspaces[usize::from(self.context.is_beside())]);
         self.context.make_current()?;
         // SAFETY: the plan describes these matrices, which lie within their memory; alpha and beta are of the scale's
         // type and read before the call returns; products on one stream may share the workspace.
@@ -87,7 +89,7 @@ impl Blas {
                 &raw const plan.algorithm,
                 workspace.address() as *mut c_void,
                 WORKSPACE_BYTES,
-                self.context.stream.cast(),
+                self.context.stream().cast(),
             )
         };
         check("cublasLtMatmul", status)?;

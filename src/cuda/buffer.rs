@@ -41,7 +41,7 @@ impl Allocation {
         let ask = || {
             let mut pointer = 0;
             // SAFETY: `pointer` is writable, the stream lives as long as the context.
-            let status = unsafe { sys::cuMemAllocAsync(&raw mut pointer, bytes.max(1), context.stream) };
+            let status = unsafe { sys::cuMemAllocAsync(&raw mut pointer, bytes.max(1), context.stream()) };
             (status, pointer)
         };
         let (mut status, mut pointer) = ask();
@@ -77,8 +77,8 @@ impl Context {
     /// Releases memory once the work that was asked for before has been done.
     pub(super) fn release(&self, pointer: sys::CUdeviceptr) {
         if self.make_current().is_ok() {
-            // SAFETY: allocated on this stream and released once. Failure means that the context is lost with its memory.
-            let _ = unsafe { sys::cuMemFreeAsync(pointer, self.stream) };
+            // SAFETY: allocated on this stream or one that it has waited for, and released once. Failure means that the context is lost with its memory.
+            let _ = unsafe { sys::cuMemFreeAsync(pointer, self.stream()) };
         }
     }
 }
@@ -267,7 +267,7 @@ impl<'a, T: Number> Slice<'a, T> {
         context.refuse_recording("a copy into plain memory of the host")?;
         let mut values = vec![T::default(); self.count];
         self.copy_to_host(values.as_mut_ptr())?;
-        context.synchronize()?;
+        context.wait()?;
         Ok(values)
     }
 
@@ -290,7 +290,7 @@ impl<'a, T: Number> Slice<'a, T> {
         let bytes = self.count * size_of::<T>();
         // SAFETY: the slice lies within its allocation, `to` has room for it and stays until the copy is done: the
         // callers wait for it, or keep the page-locked memory.
-        let status = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), self.address(), bytes, context.stream) };
+        let status = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), self.address(), bytes, context.stream()) };
         context.check("cuMemcpyDtoHAsync", status)
     }
 }
@@ -334,7 +334,7 @@ impl<T: Number> SliceMut<'_, T> {
         }
         let bytes = self.count * size_of::<T>();
         // SAFETY: the slice lies within its allocation.
-        let status = unsafe { sys::cuMemsetD8Async(self.address(), 0, bytes, context.stream) };
+        let status = unsafe { sys::cuMemsetD8Async(self.address(), 0, bytes, context.stream()) };
         context.check("cuMemsetD8Async", status)?;
         context.keep(self.allocation);
         Ok(())
@@ -349,7 +349,7 @@ impl<T: Number> SliceMut<'_, T> {
         context.refuse_recording("a copy from plain memory of the host")?;
         same_length("a copy to the device", self.count, values.len())?;
         self.copy_from_host(values.as_ptr())?;
-        context.synchronize()
+        context.wait()
     }
 
     /// Copies from page-locked memory beside the caller; [`Pinned::write`] waits for it.
@@ -370,7 +370,8 @@ impl<T: Number> SliceMut<'_, T> {
         }
         let bytes = self.count * size_of::<T>();
         // SAFETY: as for `Slice::copy_to_host`.
-        let status = unsafe { sys::cuMemcpyHtoDAsync_v2(self.address(), from.cast(), bytes, context.stream) };
+        let status =
+            unsafe { sys::cuMemcpyHtoDAsync_v2(self.address(), from.cast(), bytes, context.stream()) };
         context.check("cuMemcpyHtoDAsync", status)
     }
 
@@ -389,7 +390,7 @@ impl<T: Number> SliceMut<'_, T> {
         let bytes = self.count * size_of::<T>();
         // SAFETY: both slices lie within their allocations.
         let status =
-            unsafe { sys::cuMemcpyDtoDAsync_v2(self.address(), from.address(), bytes, context.stream) };
+            unsafe { sys::cuMemcpyDtoDAsync_v2(self.address(), from.address(), bytes, context.stream()) };
         context.check("cuMemcpyDtoDAsync", status)?;
         context.keep(self.allocation);
         context.keep(from.allocation);

@@ -1,4 +1,4 @@
-//! A device: its context, its one stream, what it can do, and the check of every call.
+//! A device: its context, its streams, what it can do, and the check of every call.
 
 use super::error::{CudaError, Result};
 use super::graph::Recording;
@@ -7,6 +7,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUresult};
 use std::ffi::CStr;
 use std::mem::MaybeUninit;
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The oldest driver that loads what nvcc 13.0 compiles.
@@ -36,7 +37,7 @@ pub struct Memory {
     pub total: usize,
 }
 
-/// A GPU with one stream of work. Clones are the same device.
+/// A GPU with one stream of work, and a second for [`Device::beside`]. Clones are the same device.
 #[derive(Clone, Debug)]
 pub struct Device {
     pub(super) context: Arc<Context>,
@@ -80,7 +81,11 @@ pub(super) struct Context {
     device: sys::CUdevice,
     raw: sys::CUcontext,
     pool: sys::CUmemoryPool,
-    pub(super) stream: sys::CUstream,
+    pub(super) first: sys::CUstream,
+    /// For work beside that of the first, which goes before it where there is room for one of them.
+    pub(super) second: sys::CUstream,
+    /// Whether work goes to the second now.
+    pub(super) beside: AtomicBool,
     pub(super) modules: Modules,
     pub(super) properties: Properties,
     /// The kernel to name when a failure is seen.
@@ -115,7 +120,9 @@ impl Context {
             device,
             raw,
             pool: ptr::null_mut(),
-            stream: ptr::null_mut(),
+            first: ptr::null_mut(),
+            second: ptr::null_mut(),
+            beside: AtomicBool::new(false),
             modules: Modules::default(),
             properties,
             last_kernel: Mutex::new(Arc::from("none")),
@@ -125,14 +132,20 @@ impl Context {
         Ok(context)
     }
 
-    /// The stream, the pool of memory and the kernels.
+    /// The streams, the pool of memory and the kernels.
     fn prepare(&mut self) -> Result<()> {
         self.make_current()?;
-        let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
-        self.stream = handle("cuStreamCreate", |stream| {
-            // SAFETY: `stream` is writable, a context current.
-            unsafe { sys::cuStreamCreate(stream, flags) }
-        })?;
+        let (mut least, mut greatest) = (0, 0);
+        // SAFETY: both are writable, a context current.
+        let status = unsafe { sys::cuCtxGetStreamPriorityRange(&raw mut least, &raw mut greatest) };
+        check("cuCtxGetStreamPriorityRange", status)?;
+        for (stream, priority) in [(&mut self.first, greatest), (&mut self.second, least)] {
+            let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
+            *stream = handle("cuStreamCreate", |stream| {
+                // SAFETY: `stream` is writable, a context current.
+                unsafe { sys::cuStreamCreateWithPriority(stream, flags, priority) }
+            })?;
+        }
         let device = self.device;
         self.pool = handle("cuDeviceGetDefaultMemPool", |pool| {
             // SAFETY: `pool` is writable, `device` came from the driver.
@@ -146,6 +159,15 @@ impl Context {
         check("cuMemPoolSetAttribute", status)?;
         self.modules = Modules::load()?;
         Ok(())
+    }
+
+    /// Where work goes now.
+    pub(super) fn stream(&self) -> sys::CUstream {
+        if self.is_beside() { self.second } else { self.first }
+    }
+
+    pub(super) fn is_beside(&self) -> bool {
+        self.beside.load(Ordering::Relaxed)
     }
 
     /// Makes this context the calling thread's.
@@ -182,10 +204,19 @@ impl Context {
     }
 
     pub(super) fn synchronize(&self) -> Result<()> {
+        [self.first, self.second].into_iter().try_for_each(|stream| self.wait_for(stream))
+    }
+
+    /// Waits for the work that went where work goes now.
+    pub(super) fn wait(&self) -> Result<()> {
+        self.wait_for(self.stream())
+    }
+
+    fn wait_for(&self, stream: sys::CUstream) -> Result<()> {
         self.refuse_recording("waiting for the device")?;
         self.make_current()?;
         // SAFETY: the stream lives as long as `self`.
-        self.check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream) })
+        self.check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(stream) })
     }
 
     /// As [`check`], and failures of kernels name the last one launched.
@@ -225,14 +256,15 @@ impl Drop for Context {
             return;
         }
         self.modules.unload();
-        // SAFETY: nothing refers to the stream any more; a null stream was never made.
-        unsafe {
-            if !self.stream.is_null() {
-                let _ = sys::cuStreamSynchronize(self.stream);
-                let _ = sys::cuStreamDestroy_v2(self.stream);
+        for stream in [self.second, self.first].into_iter().filter(|stream| !stream.is_null()) {
+            // SAFETY: nothing refers to the stream any more.
+            unsafe {
+                let _ = sys::cuStreamSynchronize(stream);
+                let _ = sys::cuStreamDestroy_v2(stream);
             }
-            let _ = sys::cuDevicePrimaryCtxRelease_v2(self.device);
         }
+        // SAFETY: retained once, by `open`.
+        let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
     }
 }
 

@@ -33,15 +33,27 @@ impl Device {
 }
 
 impl Event {
-    /// Puts the mark behind all work that was asked for before.
+    /// Puts the mark behind all work that was asked for before, but for what is beside it.
     ///
     /// # Errors
     /// When the device has failed.
     pub fn record(&self) -> Result<()> {
         self.context.refuse_recording("a mark")?;
+        self.record_on(self.context.stream())
+    }
+
+    /// Puts the mark behind all work that was asked of one of the context's streams.
+    pub(super) fn record_on(&self, stream: sys::CUstream) -> Result<()> {
         self.context.make_current()?;
         // SAFETY: event and stream live as long as `self`.
-        self.context.check("cuEventRecord", unsafe { sys::cuEventRecord(self.raw, self.context.stream) })
+        self.context.check("cuEventRecord", unsafe { sys::cuEventRecord(self.raw, stream) })
+    }
+
+    /// Holds back what is asked of one of the context's streams from now on until the work before the mark has been done.
+    pub(super) fn hold(&self, stream: sys::CUstream) -> Result<()> {
+        self.context.make_current()?;
+        // SAFETY: as above; the driver wants 0 for flags.
+        self.context.check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(stream, self.raw, 0) })
     }
 
     /// Waits until the work before the mark has been done; not at all for one that is nowhere.

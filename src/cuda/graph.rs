@@ -72,7 +72,7 @@ impl<'a> Capture<'a> {
         // Relaxed: what must not happen meanwhile is refused here, and the driver may load what it needs.
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream lives as long as the context.
-        let status = unsafe { sys::cuStreamBeginCapture_v2(context.stream, mode) };
+        let status = unsafe { sys::cuStreamBeginCapture_v2(context.stream(), mode) };
         context.check("cuStreamBeginCapture", status)?;
         *context.recording() = Some(Recording::default());
         Ok(Self { context })
@@ -82,7 +82,7 @@ impl<'a> Capture<'a> {
     fn end(&self) -> (Result<RawGraph>, Recording) {
         let mut graph = ptr::null_mut();
         // SAFETY: this thread began the capture; `graph` is writable.
-        let status = unsafe { sys::cuStreamEndCapture(self.context.stream, &raw mut graph) };
+        let status = unsafe { sys::cuStreamEndCapture(self.context.stream(), &raw mut graph) };
         let recording = self.context.recording().take().unwrap_or_default();
         for pointer in &recording.released {
             self.context.release(*pointer);
@@ -134,7 +134,7 @@ impl Graph {
         self.context.refuse_recording("a graph")?;
         self.context.make_current()?;
         // SAFETY: the memory that the graph uses is kept by `self`.
-        let status = unsafe { sys::cuGraphLaunch(self.executable, self.context.stream) };
+        let status = unsafe { sys::cuGraphLaunch(self.executable, self.context.stream()) };
         self.context.check("cuGraphLaunch", status)?;
         self.pinned.iter().try_for_each(|memory| memory.mark())
     }

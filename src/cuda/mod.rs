@@ -1,7 +1,7 @@
 //! NVIDIA GPUs: devices, their memory, kernels, graphs and matrix products.
 //!
-//! A [`Device`] has one stream; everything that is asked of it happens on the device in the order in which it was asked,
-//! while the caller goes on. Only what brings data back waits. Memory is released in the same order, so a [`Buffer`] may
+//! Everything that is asked of a [`Device`] happens there in the order in which it was asked, but for [`Device::beside`],
+//! while the caller goes on. Only copies from and to plain memory of the host wait. Memory is released in the same order, so a [`Buffer`] may
 //! be dropped as soon as the last call that uses it has been made.
 //!
 //! The driver is loaded when a device is first opened: a program with this room starts anywhere.
@@ -21,6 +21,7 @@
 //! ```
 
 pub mod attention;
+pub mod beside;
 mod blas;
 pub mod buffer;
 pub mod device;
@@ -44,6 +45,7 @@ pub mod row_scores;
 pub mod sampling;
 pub mod swiglu;
 
+pub use beside::Beside;
 pub use buffer::{Buffer, Number, Pinned, Slice, SliceMut};
 pub use device::{Device, Memory, Properties};
 pub use error::{CudaError, Result};

@@ -308,7 +308,7 @@ impl<'a> Launch<'a> {
         // SAFETY: parameters are of the number and sizes that the function has, and copied before the call returns; that
         // they mean what it expects is the caller's promise. Stream and function live as long as the context.
         let status = unsafe {
-            sys::cuLaunchKernel(function.raw, x, y, z, i, j, k, shared, context.stream, parameters, extra)
+            sys::cuLaunchKernel(function.raw, x, y, z, i, j, k, shared, context.stream(), parameters, extra)
         };
         context.check("cuLaunchKernel", status)?;
         for allocation in self.memory {

@@ -58,7 +58,7 @@ pub struct Generation {
     pub cache_bytes: u64,
     /// How often a device began again with less, since its memory did not suffice.
     pub retries: u64,
-    /// Thread-seconds in prefill and in decoding.
+    /// Thread-seconds in prefill and in decoding; what a device computes beside decoding counts as that.
     pub seconds: (f64, f64),
 }
 

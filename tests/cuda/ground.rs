@@ -167,6 +167,56 @@ fn what_fails_or_panics_while_recording_leaves_the_device_usable() {
     assert!(device.record(|| Ok::<(), CudaError>(())).unwrap().launch().is_ok(), "an empty graph");
 }
 
+/// The emulated device does what is beside other work as late as it may.
+#[test]
+fn work_beside_other_work_is_waited_for_when_it_must_be() {
+    let Some(device) = emulated_device() else { return };
+    let mut x = device.upload("x", &[1.0f32; 100]).unwrap();
+    let (mut found, mut early) = (device.pinned::<f32>(100).unwrap(), device.pinned::<f32>(100).unwrap());
+    let start = device.event().unwrap();
+    start.record().unwrap();
+    let work = || {
+        let y = device.upload("y", &[2.0f32; 100]);
+        x.slice_mut(..)?.fill_with_zeros()?;
+        y
+    };
+    // SAFETY: what reads `x` before the join only shows that it is early.
+    let (beside, y) = unsafe { device.beside(&start, work) }.unwrap();
+    x.slice(..).unwrap().download_to(&mut early).unwrap();
+    assert_eq!(early.read().unwrap(), [1.0; 100]);
+    drop(beside);
+    x.slice(..).unwrap().download_to(&mut found).unwrap();
+    assert_eq!(found.read().unwrap(), [0.0; 100]);
+    assert_eq!(y.download().unwrap(), [2.0; 100]);
+}
+
+#[test]
+fn what_fails_or_panics_beside_is_waited_for_as_well() {
+    let device = device();
+    let mut x = device.upload("x", &[1.0f32; 100]).unwrap();
+    let (mut found, start) = (device.pinned::<f32>(100).unwrap(), device.event().unwrap());
+    for panics in [false, true] {
+        x.upload(&[1.0; 100]).unwrap();
+        start.record().unwrap();
+        let work = || -> Result<(), CudaError> {
+            x.slice_mut(..)?.fill_with_zeros()?;
+            assert!(!panics, "on purpose");
+            Err(CudaError::Recording { what: "this" })
+        };
+        // SAFETY: nobody uses `x` before the work is waited for.
+        let beside = || unsafe { device.beside(&start, work) }.map(|(_, ())| ());
+        let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(beside));
+        assert!(failed.map_or(panics, |failed| failed.is_err()));
+        x.slice(..).unwrap().download_to(&mut found).unwrap();
+        assert_eq!(found.read().unwrap(), [0.0; 100]);
+    }
+    let refused = device.record(|| {
+        // SAFETY: nothing is asked for.
+        unsafe { device.beside(&start, || Ok(())) }.map(|(_, ())| ())
+    });
+    assert!(matches!(refused, Err(CudaError::Recording { .. })));
+}
+
 #[test]
 fn several_threads_share_a_device() {
     let device = device();

@@ -1,5 +1,7 @@
 // A libcuda.so of the part of the driver that rpt calls: one device named "emulated" on the host's processor. Streams
-// do their work at once, in order. It is stricter than the driver: whatever that leaves undefined is an error here.
+// do their work at once, in order, but those of the least priority as late as they may: when somebody waits for it. So
+// work that should wait for theirs and does not is too early. It is stricter than the driver: whatever that leaves
+// undefined is an error here.
 //
 // Read from the environment when it is first asked:
 //   RPT_EMULATED_NO_DEVICE       any value: there is no device
@@ -11,6 +13,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cuda.h>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -22,6 +25,7 @@
 
 namespace {
 
+constexpr int LEAST_PRIORITY = 0;
 constexpr int SHARED_WITHOUT_CONSENT = 48 << 10;
 constexpr int SHARED_WITH_CONSENT = 227 << 10;
 
@@ -29,6 +33,8 @@ struct Stream {
     CUresult failed = CUDA_SUCCESS; // a kernel's failure is every later call's, as on a GPU
     bool capturing = false, spoilt = false;
     std::vector<std::function<CUresult()>> recorded;
+    bool late = false;
+    std::deque<std::function<CUresult()>> behind; // what a late stream has not done yet
 };
 
 struct Graph {
@@ -37,6 +43,7 @@ struct Graph {
 
 struct Event {
     bool recorded = false;
+    Stream* awaited = nullptr; // the late stream that has not come to it yet
     std::chrono::steady_clock::time_point time;
 };
 
@@ -61,7 +68,7 @@ Driver& driver() {
 }
 
 thread_local bool context_is_current = false;
-thread_local int allocations_until_failure = 0, allocations_to_fail = 1, launches_until_failure = 0;
+thread_local int allocations_until_failure = 0, allocations_to_fail = 1, launches_until_failure = 0, late_work = 0;
 char primary_context;
 
 int claimed_version() {
@@ -109,13 +116,28 @@ template <typename T> CUresult destroyed(std::set<void*>& living, void* handle) 
     return CUDA_SUCCESS;
 }
 
-// Does it now, or when the graph under capture is launched.
+// Does it now, or when a late stream must, or when the graph under capture is launched.
 CUresult perform(Stream& stream, std::function<CUresult()> work) {
     if (stream.capturing) {
         stream.recorded.push_back(std::move(work));
         return CUDA_SUCCESS;
     }
+    if (stream.late) {
+        stream.behind.push_back(std::move(work));
+        return CUDA_SUCCESS;
+    }
     return stream.failed = work();
+}
+
+// Has a stream do what was asked of it, up to an event if one is given.
+CUresult catch_up(Stream& stream, const Event* until = nullptr) {
+    while (!stream.behind.empty() && stream.failed == CUDA_SUCCESS && (until == nullptr || until->awaited == &stream)) {
+        const auto work = std::move(stream.behind.front());
+        stream.behind.pop_front();
+        stream.failed = work();
+        ++late_work;
+    }
+    return stream.failed;
 }
 
 // --------------------------------------------------------------------------------------------------------- launches
@@ -165,6 +187,8 @@ EXPORTED void emulated_fail_allocation(int nth) { allocations_until_failure = nt
 // The same, and so does the one that follows, with which a caller tries once more after giving memory back.
 EXPORTED void emulated_refuse_allocation(int nth) { allocations_until_failure = nth, allocations_to_fail = 2; }
 EXPORTED void emulated_fail_launch(int nth) { launches_until_failure = nth; }
+// What late streams have done.
+EXPORTED int emulated_late_work() { return late_work; }
 
 // ------------------------------------------------------------------------------------------------ device and context
 
@@ -232,9 +256,18 @@ EXPORTED CUresult cuCtxSetCurrent(CUcontext context) {
 
 // -------------------------------------------------------------------------------------------- streams, events, graphs
 
-EXPORTED CUresult cuStreamCreate(CUstream* stream, unsigned) {
+EXPORTED CUresult cuCtxGetStreamPriorityRange(int* least, int* greatest) {
     NEEDS_CONTEXT;
-    *stream = reinterpret_cast<CUstream>(created<Stream>(driver().streams));
+    *least = LEAST_PRIORITY;
+    *greatest = LEAST_PRIORITY - 1;
+    return CUDA_SUCCESS;
+}
+
+EXPORTED CUresult cuStreamCreateWithPriority(CUstream* stream, unsigned, int priority) {
+    NEEDS_CONTEXT;
+    auto* made = created<Stream>(driver().streams);
+    made->late = priority >= LEAST_PRIORITY;
+    *stream = reinterpret_cast<CUstream>(made);
     return CUDA_SUCCESS;
 }
 
@@ -242,7 +275,7 @@ EXPORTED CUresult cuStreamDestroy(CUstream stream) { return destroyed<Stream>(dr
 
 EXPORTED CUresult cuStreamSynchronize(CUstream handle) {
     NEEDS_STREAM(handle);
-    if (!stream->capturing) return CUDA_SUCCESS;
+    if (!stream->capturing) return catch_up(*stream);
     stream->spoilt = true;
     return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
 }
@@ -287,7 +320,7 @@ EXPORTED CUresult cuGraphLaunch(CUgraphExec executable, CUstream handle) {
     if (graph == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (stream->capturing) return complain(CUDA_ERROR_NOT_SUPPORTED, "a graph within a graph");
     for (const auto& node : graph->nodes) {
-        if ((stream->failed = node()) != CUDA_SUCCESS) return stream->failed;
+        if (const CUresult result = perform(*stream, node); result != CUDA_SUCCESS) return result;
     }
     return CUDA_SUCCESS;
 }
@@ -298,22 +331,40 @@ EXPORTED CUresult cuEventCreate(CUevent* event, unsigned) {
     return CUDA_SUCCESS;
 }
 
-EXPORTED CUresult cuEventDestroy(CUevent event) { return destroyed<Event>(driver().events, event); }
+EXPORTED CUresult cuEventDestroy(CUevent handle) {
+    const auto* event = checked<Event>(driver().events, handle);
+    if (event != nullptr && event->awaited != nullptr) catch_up(*event->awaited, event);
+    return destroyed<Event>(driver().events, handle);
+}
 
 EXPORTED CUresult cuEventRecord(CUevent handle, CUstream on) {
     NEEDS_STREAM(on);
     auto* event = checked<Event>(driver().events, handle);
     if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+    if (event->awaited != nullptr) catch_up(*event->awaited, event);
+    if (stream->late) event->awaited = stream;
     return perform(*stream, [event] {
         event->time = std::chrono::steady_clock::now();
         event->recorded = true;
+        event->awaited = nullptr;
         return CUDA_SUCCESS;
     });
 }
 
 EXPORTED CUresult cuEventSynchronize(CUevent handle) {
     NEEDS_CONTEXT;
-    return checked<Event>(driver().events, handle) == nullptr ? CUDA_ERROR_INVALID_HANDLE : CUDA_SUCCESS;
+    const auto* event = checked<Event>(driver().events, handle);
+    if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+    return event->awaited == nullptr ? CUDA_SUCCESS : catch_up(*event->awaited, event);
+}
+
+EXPORTED CUresult cuStreamWaitEvent(CUstream on, CUevent handle, unsigned) {
+    NEEDS_STREAM(on);
+    const auto* event = checked<Event>(driver().events, handle);
+    if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+    if (stream->capturing) return complain(CUDA_ERROR_NOT_SUPPORTED, "a wait within a graph");
+    if (event->awaited == nullptr || event->awaited == stream) return CUDA_SUCCESS;
+    return stream->failed = catch_up(*event->awaited, event);
 }
 
 EXPORTED CUresult cuEventElapsedTime(float* milliseconds, CUevent from, CUevent to) {
@@ -341,10 +392,12 @@ EXPORTED CUresult cuMemAllocAsync(CUdeviceptr* pointer, size_t bytes, CUstream h
 
 EXPORTED CUresult cuMemFreeAsync(CUdeviceptr pointer, CUstream handle) {
     NEEDS_CONTEXT;
-    const Stream* stream = stream_of(handle);
+    Stream* stream = stream_of(handle);
     if (stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (stream->capturing) return complain(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "a release within a graph");
-    return memory::release(pointer);
+    if (!stream->late) return memory::release(pointer);
+    stream->behind.push_back([pointer] { return memory::release(pointer); });
+    return CUDA_SUCCESS;
 }
 
 EXPORTED CUresult cuDeviceGetDefaultMemPool(CUmemoryPool* pool, CUdevice) {
@@ -375,11 +428,29 @@ EXPORTED CUresult cuMemFreeHost(void* pointer) {
     return CUDA_SUCCESS;
 }
 
+static bool is_pinned(const void* pointer) {
+    std::lock_guard guard(driver().lock);
+    return driver().pinned.count(const_cast<void*>(pointer)) != 0;
+}
+
+// Plain memory of the host is read before the call returns, and written by then.
 static CUresult copy(CUstream handle, void* to, const void* from, size_t bytes, bool to_device, bool from_device) {
     NEEDS_STREAM(handle);
     const bool right_to = memory::holds(reinterpret_cast<CUdeviceptr>(to), bytes) == to_device;
     const bool right_from = memory::holds(reinterpret_cast<CUdeviceptr>(from), bytes) == from_device;
     if (!right_to || !right_from) return complain(CUDA_ERROR_INVALID_VALUE, "a copy outside of any allocation");
+    if (stream->late && !to_device && !is_pinned(to)) {
+        if (const CUresult result = catch_up(*stream); result != CUDA_SUCCESS) return result;
+        memmove(to, from, bytes);
+        return CUDA_SUCCESS;
+    }
+    if (stream->late && !from_device && !is_pinned(from)) {
+        const auto* first = static_cast<const unsigned char*>(from);
+        return perform(*stream, [to, bytes = std::vector<unsigned char>(first, first + bytes)] {
+            memcpy(to, bytes.data(), bytes.size());
+            return CUDA_SUCCESS;
+        });
+    }
     return perform(*stream, [=] {
         memmove(to, from, bytes);
         return CUDA_SUCCESS;

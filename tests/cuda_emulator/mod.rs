@@ -69,6 +69,16 @@ pub fn fail_launch(nth: i32) {
     tell(b"emulated_fail_launch", nth);
 }
 
+/// What the emulated device has done on this thread that was beside other work.
+pub fn late_work() -> i32 {
+    let library = driver().expect("an emulated device");
+    // SAFETY: the emulated driver defines it with this signature.
+    let function: Symbol<'_, unsafe extern "C" fn() -> i32> =
+        unsafe { library.get(b"emulated_late_work") }.unwrap();
+    // SAFETY: it reads a thread-local number.
+    unsafe { function() }
+}
+
 fn tell(name: &[u8], nth: i32) {
     let library = driver().expect("an emulated device");
     // SAFETY: the emulated driver defines both with this signature.

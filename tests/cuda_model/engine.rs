@@ -1,6 +1,6 @@
 //! Sampling on the device: against the engine on the CPU, and against itself under other limits.
 
-use crate::cuda_emulator::{emulated_device, fail_launch, in_child};
+use crate::cuda_emulator::{emulated_device, fail_launch, in_child, late_work};
 use crate::support::{VOCABULARY, decoder, settings};
 use rpt::config::{CacheFormat, LossMean};
 use rpt::model::device::{DeviceDecoder, Format, OnDevice};
@@ -146,6 +146,20 @@ fn neither_rows_nor_lag_nor_memory_change_a_bit() {
     let little_memory = Limits { pages: 0, replies: 5, room: 1, lag: 1, padded: false, ..usual };
     let one_by_one = Limits { replies: 1, room: 7, lag: 9, prompt_tokens: 1, ..usual };
     assert_limits_change_nothing(1, Dtype::F32, [little_memory, one_by_one]);
+}
+
+#[test]
+fn prompts_are_computed_beside_steps_where_no_place_is_free() {
+    if emulated_device().is_none() {
+        return;
+    }
+    let (tokenizer, decoder) = (tokenizer(), decoder(1, Dtype::F32));
+    let (engine, prompts, there) = (engine(&decoder, &tokenizer, WARM), prompts(7), there(&decoder));
+    for (replies, is_beside) in [(512, false), (4, true)] {
+        let before = late_work();
+        sampled(&engine, &there, &prompts, Limits { replies, room: 4, ..Limits::default() }).unwrap();
+        assert_eq!(late_work() > before, is_beside, "{replies}");
+    }
 }
 
 #[test]

@@ -3,14 +3,15 @@
 //! Keys and values lie in pages. Replies grow in rounds: for a round each has pages for so many tokens more, and the step
 //! that adds one to each is recorded once as a CUDA graph. The device goes from step to step by itself; the host reads the
 //! tokens some steps later and looks for ends. What was drawn behind an end is cut off, so that the lag changes nothing.
-//! Between rounds ended replies leave, and prompts enter for which there is memory.
+//! Between rounds ended replies leave.
 //!
 //! Pages hold keys and values as they were computed, or rounded to eight bits. The tokens of a prompt see each other before
 //! they are rounded, and each token of a reply is rounded when it comes: so the same is read however the work is divided.
 //!
-//! Prompts are not computed inside the steps of a round. That would save readings of the weights for as many steps as the
-//! prompts' computation lasts, which is little where thousands of sampled tokens follow a prompt that many replies share; but
-//! steps would have other rows each time, and neither one graph nor one algorithm for each product.
+//! Where replies have no place free, the next prompts are computed beside the steps of a round, on the device's second
+//! stream, whose blocks of threads give way to theirs: steps wait for memory, prompts for arithmetic. So there are replies
+//! to take the places of those that end with the round. As rows of the steps themselves prompts would give these other rows each time,
+//! and neither one graph nor one algorithm for each product.
 //!
 //! Every reply may become as long as the limit allows, but few do: they get pages as they grow. Whoever cannot get any
 //! pauses. There are always enough free for the reply that holds most of them to become as long as it may; when it ends
@@ -97,6 +98,11 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// Replies that wait for the places of those that end: more than end before a round does.
+    fn spare(&self) -> usize {
+        self.replies.div_ceil(4)
+    }
+
     /// Those that a decoder does best with. Own kernels take any number of rows.
     pub fn of<T: Format>(decoder: &DeviceDecoder<T>) -> Self {
         Self { padded: !decoder.is_batch_invariant(), ..Self::default() }
@@ -139,7 +145,7 @@ fn generate_in<T: Format, S: PageFormat<T>>(
 ) -> Result<Generation, ModelError> {
     let waiting = Waiting::new(prompts);
     let reply = reply_pages(engine.stop.max_new_tokens);
-    let replies = (prompts.len() * samples).min(limits.replies.saturating_add(samples));
+    let replies = (prompts.len() * samples).min(limits.replies.saturating_add(limits.spare() + samples));
     // The longest reply must fit beside its prompt.
     let (fewest, most) = (waiting.longest() + reply, waiting.pages() + reply * replies.max(1));
     let page_bytes = page_bytes::<T, S>(decoder.config()).max(1);

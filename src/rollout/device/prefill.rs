@@ -57,15 +57,17 @@ impl<T: Format, S: PageFormat<T>> Attend<T> for IntoPages<'_, T, S> {
     }
 }
 
-/// What comes of prompts.
+/// Prompts that have been through the layers.
 pub(super) struct Prefilled {
+    /// The residual stream behind the last layer.
+    x: Buffer<f32>,
+    /// Where in it the last token of each prompt is.
+    places: Vec<u32>,
     /// What the replies to each prompt continue.
     pub(super) ends: Vec<Rc<CachedTokens>>,
-    /// The first token of each reply, those of a prompt together.
-    pub(super) first_tokens: Vec<Draw>,
 }
 
-/// Computes prompts; `keys` are those of their replies' random streams, those of a prompt together.
+/// Computes prompts; writes to pages that it takes for them. Behind what it brings to the device it waits for nothing.
 ///
 /// # Errors
 /// When a token is outside the vocabulary, there is no room, or the device has failed.
@@ -73,8 +75,6 @@ pub(super) fn prefill<T: Format, S: PageFormat<T>>(
     decoder: &DeviceDecoder<T>,
     cache: &mut Cache<S>,
     portions: &[Portion],
-    settings: &Settings,
-    keys: &[u64],
 ) -> Result<Prefilled, ModelError> {
     let (forest, ends) = forest(portions);
     let batch = decoder.batch(&forest)?;
@@ -86,9 +86,8 @@ pub(super) fn prefill<T: Format, S: PageFormat<T>>(
     let x = residual(decoder, cache, &batch, &segments)?;
     let rows: Vec<usize> =
         ends.iter().filter_map(|end| forest.row_before(*end, forest.segments()[*end].length)).collect();
-    let first_tokens = first_tokens(decoder, &x, &batch.places(&rows), settings, keys)?;
     let ends = ends.into_iter().map(|end| Rc::clone(&segments[end])).collect();
-    Ok(Prefilled { ends, first_tokens })
+    Ok(Prefilled { x, places: batch.places(&rows), ends })
 }
 
 /// The residual stream behind the last layer.
@@ -114,25 +113,30 @@ fn residual<T: Format, S: PageFormat<T>>(
     Ok(x)
 }
 
-/// Draws the first tokens of all replies to the prompts whose last tokens are at `places`, some prompts at a time.
-fn first_tokens<T: Format>(
-    decoder: &DeviceDecoder<T>,
-    x: &Buffer<f32>,
-    places: &[u32],
-    settings: &Settings,
-    keys: &[u64],
-) -> cuda::Result<Vec<Draw>> {
-    let samples = keys.len() / places.len().max(1);
-    let mut drawn = Vec::with_capacity(keys.len());
-    let prompts_at_once = decoder.rows_of_logits();
-    for (chunk, places) in places.chunks(prompts_at_once).enumerate() {
-        let indices = Indices::upload(decoder.device(), "rows of prompts", places)?;
-        let logits = decoder.logits(x, indices.view())?;
-        let first = chunk * prompts_at_once * samples;
-        let keys = &keys[first..first + places.len() * samples];
-        drawn.extend(draw_from(decoder, &logits, samples, settings, keys)?);
+impl Prefilled {
+    /// Draws the first token of each reply, some prompts at a time; `keys` are those of the replies' random streams, those of a
+    /// prompt together.
+    ///
+    /// # Errors
+    /// When the device has no room or has failed.
+    pub(super) fn first_tokens<T: Format>(
+        &self,
+        decoder: &DeviceDecoder<T>,
+        settings: &Settings,
+        keys: &[u64],
+    ) -> cuda::Result<Vec<Draw>> {
+        let samples = keys.len() / self.places.len().max(1);
+        let mut drawn = Vec::with_capacity(keys.len());
+        let prompts_at_once = decoder.rows_of_logits();
+        for (chunk, places) in self.places.chunks(prompts_at_once).enumerate() {
+            let indices = Indices::upload(decoder.device(), "rows of prompts", places)?;
+            let logits = decoder.logits(&self.x, indices.view())?;
+            let first = chunk * prompts_at_once * samples;
+            let keys = &keys[first..first + places.len() * samples];
+            drawn.extend(draw_from(decoder, &logits, samples, settings, keys)?);
+        }
+        Ok(drawn)
     }
-    Ok(drawn)
 }
 
 /// Draws `samples` tokens from each row of logits.

@@ -3,11 +3,12 @@
 use super::decode::{Decoding, Seat};
 use super::format::PageFormat;
 use super::pages::{Cache, CachedTokens, Pages};
+use super::prefill::{Prefilled, prefill};
 use super::waiting::{Counted, Portion, Waiting};
-use super::{Limits, prefill, reply_pages};
+use super::{Limits, reply_pages};
 use crate::cuda::paged::PAGE;
 use crate::cuda::sampling::Settings;
-use crate::cuda::{self, Graph};
+use crate::cuda::{self, Beside, Event, Graph};
 use crate::model::ModelError;
 use crate::model::device::{DeviceDecoder, Format};
 use crate::rollout::engine::{Engine, Generation, Growing};
@@ -94,12 +95,14 @@ impl<'a, T: Format, S: PageFormat<T>> Run<'a, T, S> {
     pub(super) fn finish(mut self) -> Result<Generation, ModelError> {
         while !(self.waiting.is_empty() && self.live.is_empty()) {
             let start = Instant::now();
-            let portions = self.admit();
+            let has_free_places = self.live.len() < self.limits.replies;
+            let portions = if has_free_places { self.admit(self.limits.replies) } else { Vec::new() };
             if portions.is_empty() {
                 self.round()?;
                 self.seconds.1 += start.elapsed().as_secs_f64();
             } else {
-                self.enter(&portions)?;
+                let prefilled = prefill(self.decoder, &mut self.cache, &portions)?;
+                self.begin(&portions, &prefilled)?;
                 self.seconds.0 += start.elapsed().as_secs_f64();
             }
         }
@@ -131,15 +134,15 @@ impl<'a, T: Format, S: PageFormat<T>> Run<'a, T, S> {
         }
     }
 
-    /// Takes prompts for which there is room now. Those of one trunk enter together, and their replies share the room in
+    /// Takes prompts for which there is room now, until there are so many replies. Those of one trunk enter together, and their replies share the room in
     /// turns; only where the trunk and its prompts would fill the cache do they enter in portions.
-    fn admit(&mut self) -> Vec<Portion<'a>> {
+    fn admit(&mut self, most: usize) -> Vec<Portion<'a>> {
         let mut portions = Vec::new();
         let (mut tokens, mut replies, mut pages) = (0, self.live.len(), 0);
         let claims: usize = self.live.iter().map(|live| self.typical().saturating_sub(live.held())).sum();
         while let Some(next) = self.waiting.next() {
             let alone = self.live.is_empty() && portions.is_empty();
-            let seats = self.limits.replies.saturating_sub(replies);
+            let seats = most.saturating_sub(replies);
             let fresh = replies - self.live.len() + seats.min(next.prompts.len() * self.samples);
             let demand = (claims + fresh * self.typical()).min(self.cache.pool.total() / 2);
             let fits = seats > 0
@@ -176,8 +179,8 @@ impl<'a, T: Format, S: PageFormat<T>> Run<'a, T, S> {
         self.full().div_ceil(4).max(self.limits.room.div_ceil(PAGE)).min(self.full())
     }
 
-    /// Computes prompts and begins their replies.
-    fn enter(&mut self, portions: &[Portion<'a>]) -> Result<(), ModelError> {
+    /// Begins the replies to prompts that are computed.
+    fn begin(&mut self, portions: &[Portion<'a>], prefilled: &Prefilled) -> Result<(), ModelError> {
         let prompts = portions.iter().flat_map(|portion| (portion.first..).zip(portion.prompts));
         let samples = 0..self.samples;
         let mut growing: Vec<Growing> = prompts
@@ -185,11 +188,11 @@ impl<'a, T: Format, S: PageFormat<T>> Run<'a, T, S> {
             .flat_map(|(_, prompt)| samples.clone().map(|sample| Growing::new(self.engine, prompt, sample)))
             .collect();
         let keys: Vec<u64> = growing.iter().map(|growing| growing.stream.key()).collect();
-        let prefilled = prefill::prefill(self.decoder, &mut self.cache, portions, &self.settings, &keys)?;
-        let mut growing = growing.drain(..).zip(prefilled.first_tokens);
-        for ((prompt, _), continues) in prompts.zip(prefilled.ends) {
+        let first_tokens = prefilled.first_tokens(self.decoder, &self.settings, &keys)?;
+        let mut growing = growing.drain(..).zip(first_tokens);
+        for ((prompt, _), continues) in prompts.zip(&prefilled.ends) {
             for (growing, drawn) in growing.by_ref().take(self.samples) {
-                let (continues, pages) = (Rc::clone(&continues), self.cache.pool.take(0)?);
+                let (continues, pages) = (Rc::clone(continues), self.cache.pool.take(0)?);
                 let mut live = Live { prompt, continues, pages, growing, over: false };
                 live.growing.push(drawn);
                 live.over = live.growing.ends(&self.engine.stop);
@@ -220,16 +223,20 @@ impl<'a, T: Format, S: PageFormat<T>> Run<'a, T, S> {
         Ok(rows)
     }
 
-    /// Lets replies grow until they have used up their room, or too many of them have ended.
-    fn round(&mut self) -> cuda::Result<()> {
+    /// Lets replies grow until they have used up their room, or too many of them have ended. Beside that, prompts are
+    /// computed for which there is room, and begin their replies in the end.
+    fn round(&mut self) -> Result<(), ModelError> {
         let rows = self.grant()?;
         let left = |row: &usize| self.capacity - self.live[*row].length();
         let steps = rows.iter().map(left).max().unwrap_or(0).min(self.limits.room);
         let others_wait = rows.len() < self.live.len() || !self.waiting.is_empty();
-        let graph = self.record(&rows)?;
         // A new round costs as much as some steps.
         let too_many = rows.len().div_ceil(if others_wait { 8 } else { 2 });
+        let graph = self.record(&rows)?;
+        let start = self.decoder.device().event()?;
+        start.record()?;
         let (mut launched, mut read, mut over) = (0, 0, 0);
+        let mut arriving = None;
         while launched < steps && over < too_many {
             if launched - read == self.decoding.lag() {
                 over += self.read(&rows, read)?;
@@ -238,12 +245,38 @@ impl<'a, T: Format, S: PageFormat<T>> Run<'a, T, S> {
                 self.decoding.launch(&graph, launched)?;
                 launched += 1;
             }
+            // The device has steps to do while it is asked for the prompts.
+            if launched == self.decoding.lag().min(steps) && read == 0 {
+                arriving = self.arrive(&start)?;
+            }
         }
         for step in read..launched {
             self.read(&rows, step)?;
         }
         self.collect();
+        drop(graph);
+        if let Some((beside, (portions, prefilled))) = arriving {
+            drop(beside);
+            self.begin(&portions, &prefilled)?;
+        }
         Ok(())
+    }
+
+    /// Computes prompts for which there is room beside the steps of a round that began at a mark.
+    fn arrive(
+        &mut self,
+        start: &Event,
+    ) -> Result<Option<(Beside, (Vec<Portion<'a>>, Prefilled))>, ModelError> {
+        let portions = self.admit(self.limits.replies + self.limits.spare());
+        if portions.is_empty() {
+            return Ok(None);
+        }
+        let (decoder, cache) = (self.decoder, &mut self.cache);
+        let prompts = || prefill(decoder, cache, &portions).map(|prefilled| (portions.clone(), prefilled));
+        // SAFETY: a round's steps use the pages of its replies, prompts those that were free when it began; what is released
+        // before the prompts are waited for is given to nobody. What else the prompts use is their own or is never changed.
+        let arriving = unsafe { decoder.device().beside(start, prompts)? };
+        Ok(Some(arriving))
     }
 
     fn record(&mut self, rows: &[usize]) -> cuda::Result<Graph> {
