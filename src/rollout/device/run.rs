@@ -36,6 +36,14 @@ impl Live {
     }
 }
 
+/// Prompts that are computed beside a round.
+struct Arriving<'a> {
+    /// Dropped first: the others are released when they are computed.
+    beside: Beside,
+    portions: Vec<Portion<'a>>,
+    prefilled: Prefilled,
+}
+
 /// The replies to some prompts under way, with keys and values in the format `S`.
 pub(super) struct Run<'a, T, S> {
     engine: &'a Engine<'a>,
@@ -255,7 +263,7 @@ impl<'a, T: Format, S: PageFormat<T>> Run<'a, T, S> {
         }
         self.collect();
         drop(graph);
-        if let Some((beside, (portions, prefilled))) = arriving {
+        if let Some(Arriving { beside, portions, prefilled }) = arriving {
             drop(beside);
             self.begin(&portions, &prefilled)?;
         }
@@ -263,20 +271,17 @@ impl<'a, T: Format, S: PageFormat<T>> Run<'a, T, S> {
     }
 
     /// Computes prompts for which there is room beside the steps of a round that began at a mark.
-    fn arrive(
-        &mut self,
-        start: &Event,
-    ) -> Result<Option<(Beside, (Vec<Portion<'a>>, Prefilled))>, ModelError> {
+    fn arrive(&mut self, start: &Event) -> Result<Option<Arriving<'a>>, ModelError> {
         let portions = self.admit(self.limits.replies + self.limits.spare());
         if portions.is_empty() {
             return Ok(None);
         }
         let (decoder, cache) = (self.decoder, &mut self.cache);
-        let prompts = || prefill(decoder, cache, &portions).map(|prefilled| (portions.clone(), prefilled));
+        let prompts = || prefill(decoder, cache, &portions);
         // SAFETY: a round's steps use the pages of its replies, prompts those that were free when it began; what is released
         // before the prompts are waited for is given to nobody. What else the prompts use is their own or is never changed.
-        let arriving = unsafe { decoder.device().beside(start, prompts)? };
-        Ok(Some(arriving))
+        let (beside, prefilled) = unsafe { decoder.device().beside(start, prompts)? };
+        Ok(Some(Arriving { beside, portions, prefilled }))
     }
 
     fn record(&mut self, rows: &[usize]) -> cuda::Result<Graph> {
