@@ -77,7 +77,8 @@ impl Context {
     /// Releases memory once the work that was asked for before has been done.
     pub(super) fn release(&self, pointer: sys::CUdeviceptr) {
         if self.make_current().is_ok() {
-            // SAFETY: allocated on this stream or one that it has waited for, and released once. Failure means that the context is lost with its memory.
+            // SAFETY: allocated on this stream or one that it has waited for, and released once. Failure means that the context
+            // is lost with its memory.
             let _ = unsafe { sys::cuMemFreeAsync(pointer, self.stream()) };
         }
     }

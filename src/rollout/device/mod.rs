@@ -10,8 +10,8 @@
 //!
 //! Where replies have no place free, the next prompts are computed beside the steps of a round, on the device's second
 //! stream, whose blocks of threads give way to theirs: steps wait for memory, prompts for arithmetic. So there are replies
-//! to take the places of those that end with the round. As rows of the steps themselves prompts would give these other rows each time,
-//! and neither one graph nor one algorithm for each product.
+//! to take the places of those that end with the round. As rows of the steps themselves prompts would give these other rows
+//! each time, and neither one graph nor one algorithm for each product.
 //!
 //! Every reply may become as long as the limit allows, but few do: they get pages as they grow. Whoever cannot get any
 //! pauses. There are always enough free for the reply that holds most of them to become as long as it may; when it ends
@@ -98,7 +98,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Replies that wait for the places of those that end: more than end before a round does.
+    /// Replies beyond those that grow, to take the places of those that end: a round ends when half as many have.
     fn spare(&self) -> usize {
         self.replies.div_ceil(4)
     }
