@@ -120,6 +120,12 @@ pub(crate) trait Element: Copy + Default + Send + Sync + 'static {
     fn narrow(from: &[f32], to: &mut [Self]);
     /// [`Element::widen_one`] of each of `from`.
     fn widen(from: &[Self], to: &mut [f32]);
+    /// [`Element::widen_one`] of each of `from`, in `buffer` where they are of another format.
+    fn widened<'a>(from: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32] {
+        let buffer = &mut buffer[..from.len()];
+        Self::widen(from, buffer);
+        buffer
+    }
 }
 
 impl Element for f32 {
@@ -136,6 +142,9 @@ impl Element for f32 {
     }
     fn widen(from: &[Self], to: &mut [f32]) {
         to.copy_from_slice(from);
+    }
+    fn widened<'a>(from: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
+        from
     }
 }
 

@@ -131,6 +131,23 @@ multiversion! {
 }
 
 multiversion! {
+    /// Sum in double precision, over sixteen lanes.
+    pub fn sum(values: &[f32]) -> f64 {
+        let mut lanes = [0.0_f64; LANES];
+        let (chunks, rest) = values.as_chunks::<LANES>();
+        for chunk in chunks {
+            for (lane, value) in lanes.iter_mut().zip(chunk) {
+                *lane += f64::from(*value);
+            }
+        }
+        for (lane, value) in lanes.iter_mut().zip(rest) {
+            *lane += f64::from(*value);
+        }
+        lanes.iter().sum()
+    }
+}
+
+multiversion! {
     /// Adds `source` to `target`, element by element.
     pub fn add(target: &mut [f32], source: &[f32]) {
         for (target, source) in target.iter_mut().zip(source) {
@@ -183,6 +200,7 @@ mod tests {
         let exact: f64 = values.iter().map(|v| f64::from(*v).exp() * f64::from(*v)).sum();
         assert!((f64::from(weighted) - exact).abs() < 1e-2);
         assert_eq!(max(&values), values.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        assert!((super::sum(&values) - values.iter().map(|v| f64::from(*v)).sum::<f64>()).abs() < 1e-9);
         let exact: f64 = values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
         assert!((f64::from(dot(&values, &values)) / exact - 1.0).abs() < 1e-5);
     }

@@ -263,23 +263,19 @@ struct Part<'a, T> {
 impl<T: Factor> Part<'_, T> {
     fn sweep(&self, panels: Range<usize>, out: &Disjoint) {
         let columns = self.right.columns;
-        let mut panel = panels.start;
-        while panel < panels.end {
-            let left = columns - panel * LANES;
-            let count = if panel + 1 < panels.end && left >= 2 * LANES { 2 } else { 1 };
-            if left >= LANES {
-                let operands = self.operands(panel, count);
-                operands.check(self.rows.len(), count);
-                let start = self.rows.start * columns + panel * LANES;
-                let first = out.pointer(start, (self.rows.len() - 1) * columns + count * LANES);
-                let out = Target { first, stride: columns, accumulate: self.accumulate };
-                // SAFETY: the operands were checked, the output range lies inside the buffer, and
-                // only these panels of these rows are touched, which belong to this task alone.
-                unsafe { tiles_at(&operands, self.rows.len(), count, out) };
-            } else {
-                self.narrow(panel, left, out);
-            }
-            panel += count;
+        let whole = panels.start..panels.end.min(columns / LANES);
+        if !whole.is_empty() {
+            let operands = self.operands(whole.start, whole.len());
+            operands.check(self.rows.len(), whole.len());
+            let start = self.rows.start * columns + whole.start * LANES;
+            let first = out.pointer(start, (self.rows.len() - 1) * columns + whole.len() * LANES);
+            let out = Target { first, stride: columns, accumulate: self.accumulate };
+            // SAFETY: the operands were checked, the output range lies inside the buffer, and
+            // only these panels of these rows are touched, which belong to this task alone.
+            unsafe { tiles_at(&operands, self.rows.len(), whole.len(), out) };
+        }
+        if panels.end > whole.end {
+            self.narrow(whole.end, columns % LANES, out);
         }
     }
 
@@ -430,7 +426,10 @@ tiles_with! {
 }
 tiles_with! { tiles_portable, [f32; 16], 4, 1 }
 
-/// Covers rows and panels with register tiles of at most `ROWS` rows and two panels, whose loop counts every `STEPS` steps.
+/// Panels that few rows take at once, and that all rows of a sweep are done with before the next.
+const PANELS_AT_ONCE: usize = 4;
+
+/// Covers rows and panels with register tiles of at most `ROWS` rows, whose loop counts every `STEPS` steps.
 /// `ACROSS` is a left matrix whose rows are adjacent, not its steps.
 #[inline(always)]
 unsafe fn sweep<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, const ACROSS: bool>(
@@ -439,31 +438,82 @@ unsafe fn sweep<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, cons
     panels: usize,
     out: Target,
 ) {
-    // Two panels at once only where the register file holds twice the rows: AVX-512.
+    let few = rows % ROWS % 4;
+    for first in (0..panels).step_by(PANELS_AT_ONCE) {
+        let group = first..panels.min(first + PANELS_AT_ONCE);
+        // SAFETY: the tiles lie inside the bounds that `tiles` checked.
+        unsafe {
+            many_rows::<V, T, ROWS, STEPS, ACROSS>(operands, rows - few, group.clone(), out);
+            few_rows::<V, T, ROWS, STEPS, ACROSS>(operands, rows - few, few, group, out);
+        }
+    }
+}
+
+/// The first rows, as many as tiles of four and more cover, of some panels: each of these is swept while it is in the
+/// nearest cache.
+///
+/// # Safety
+/// They lie inside what `tiles` checked.
+#[inline(always)]
+unsafe fn many_rows<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, const ACROSS: bool>(
+    operands: &Operands<T>,
+    rows: usize,
+    panels: Range<usize>,
+    out: Target,
+) {
+    // Two panels at once only where the register file holds twelve rows of them: AVX-512.
     let wide = ROWS >= 12;
-    let mut panel = 0;
-    while panel < panels {
-        let count = if wide && panel + 1 < panels { 2 } else { 1 };
+    let mut panel = panels.start;
+    while panel < panels.end {
+        let count = if wide && panel + 1 < panels.end { 2 } else { 1 };
         let mut row = 0;
         while row < rows {
-            let height = rows - row;
-            // SAFETY: the tile lies inside the bounds that `tiles` checked.
+            // SAFETY: by the caller's promise.
             unsafe {
-                row += match (height, count) {
+                let (height, _) = match (rows - row, count) {
                     (12.., 2) if wide => tile::<V, T, 12, 2, STEPS, ACROSS>(operands, row, panel, out),
                     (8.., 2) => tile::<V, T, 8, 2, STEPS, ACROSS>(operands, row, panel, out),
-                    (4.., 2) => tile::<V, T, 4, 2, STEPS, ACROSS>(operands, row, panel, out),
-                    (2.., 2) => tile::<V, T, 2, 2, STEPS, ACROSS>(operands, row, panel, out),
-                    (_, 2) => tile::<V, T, 1, 2, STEPS, ACROSS>(operands, row, panel, out),
+                    (_, 2) => tile::<V, T, 4, 2, STEPS, ACROSS>(operands, row, panel, out),
                     (12.., _) if wide => tile::<V, T, 12, 1, STEPS, ACROSS>(operands, row, panel, out),
-                    (6.., _) => tile::<V, T, 6, 1, STEPS, ACROSS>(operands, row, panel, out),
-                    (4.., _) => tile::<V, T, 4, 1, STEPS, ACROSS>(operands, row, panel, out),
-                    (2.., _) => tile::<V, T, 2, 1, STEPS, ACROSS>(operands, row, panel, out),
-                    _ => tile::<V, T, 1, 1, STEPS, ACROSS>(operands, row, panel, out),
+                    (6.., _) if ROWS == 6 => tile::<V, T, 6, 1, STEPS, ACROSS>(operands, row, panel, out),
+                    _ => tile::<V, T, 4, 1, STEPS, ACROSS>(operands, row, panel, out),
                 };
+                row += height;
             }
         }
         panel += count;
+    }
+}
+
+/// The one to three rows that are left over, from `row` on, of some panels: several of these at once, since the sums of
+/// one alone would wait for each other.
+///
+/// # Safety
+/// As [`many_rows`].
+#[inline(always)]
+unsafe fn few_rows<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, const ACROSS: bool>(
+    operands: &Operands<T>,
+    row: usize,
+    rows: usize,
+    panels: Range<usize>,
+    out: Target,
+) {
+    let mut panel = panels.start;
+    while panel < panels.end && rows > 0 {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let (_, width) = match (rows, panels.end - panel) {
+                (1, 4..) => tile::<V, T, 1, 4, STEPS, ACROSS>(operands, row, panel, out),
+                (2, 4..) if ROWS >= 12 => tile::<V, T, 2, 4, STEPS, ACROSS>(operands, row, panel, out),
+                (1, 2..) => tile::<V, T, 1, 2, STEPS, ACROSS>(operands, row, panel, out),
+                (2, 2..) => tile::<V, T, 2, 2, STEPS, ACROSS>(operands, row, panel, out),
+                (_, 2..) => tile::<V, T, 3, 2, STEPS, ACROSS>(operands, row, panel, out),
+                (1, _) => tile::<V, T, 1, 1, STEPS, ACROSS>(operands, row, panel, out),
+                (2, _) => tile::<V, T, 2, 1, STEPS, ACROSS>(operands, row, panel, out),
+                _ => tile::<V, T, 3, 1, STEPS, ACROSS>(operands, row, panel, out),
+            };
+            panel += width;
+        }
     }
 }
 
@@ -493,7 +543,7 @@ unsafe fn add_step<V: Lanes, T: Factor, const R: usize, const P: usize>(
     }
 }
 
-/// One register tile; returns its number of rows.
+/// One register tile; returns its numbers of rows and panels.
 ///
 /// # Safety
 /// It lies inside what `tiles` checked.
@@ -510,7 +560,7 @@ unsafe fn tile<
     row: usize,
     panel: usize,
     Target { first, stride, accumulate }: Target,
-) -> usize {
+) -> (usize, usize) {
     let Operands { left, inner, right, right_stride, panel_stride } = *operands;
     let (row_stride, inner_stride) = if ACROSS { (1, left.inner_stride) } else { (left.row_stride, 1) };
     // SAFETY: `tiles` checked that every row, panel and step lies inside its slice.
@@ -554,7 +604,7 @@ unsafe fn tile<
             }
         }
     }
-    R
+    (R, P)
 }
 
 #[cfg(test)]
@@ -579,9 +629,17 @@ mod tests {
 
     #[test]
     fn every_element_is_one_chain_for_any_shape() {
-        for (rows, columns, inner) in
-            [(1, 1, 1), (1, 40, 7), (13, 33, 64), (25, 48, 3), (200, 300, 65), (7, 16, 0), (110, 33, 2048)]
-        {
+        for (rows, columns, inner) in [
+            (1, 1, 1),
+            (1, 140, 7),
+            (2, 100, 65),
+            (3, 170, 40),
+            (13, 33, 64),
+            (25, 48, 3),
+            (200, 300, 65),
+            (7, 16, 0),
+            (110, 33, 2048),
+        ] {
             let (a, w) = (values(rows * inner, 1), values(columns * inner, 2));
             let packed = Packed::of_weight(Dtype::F32, &w, columns, inner);
             let mut out = vec![9.0; rows * columns];

@@ -339,13 +339,14 @@ fn set_lanes<T: Element>(panel: &mut [T], inner: usize, first: usize, rows: &[f3
 /// As [`Factor::transpose_panel`], widened, to `out [columns, 16]`.
 fn transpose_panel<T: Element>(panels: &[T], inner: usize, columns: usize, first: usize, out: &mut [f32]) {
     let width = LANES.min(inner - first);
-    let mut tile = [0.0; LANES * LANES];
+    let mut buffer = [0.0; LANES * LANES];
     for (panel, out) in panels.chunks_exact(LANES * inner).zip(out.chunks_mut(LANES * LANES)) {
-        T::widen(&panel[first * LANES..][..width * LANES], &mut tile[..width * LANES]);
-        for (lane, out) in out.chunks_exact_mut(LANES).enumerate() {
-            for (k, out) in out.iter_mut().enumerate() {
-                *out = tile[k * LANES + lane];
+        let tile = T::widened(&panel[first * LANES..][..width * LANES], &mut buffer).as_chunks::<LANES>().0;
+        for (lane, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            for (out, step) in out.iter_mut().zip(tile) {
+                *out = step[lane];
             }
+            out[width..].fill(0.0);
         }
     }
     debug_assert!(out.len() == columns * LANES);

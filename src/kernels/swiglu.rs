@@ -2,6 +2,10 @@
 
 use super::elementary::sigmoid;
 use super::simd::multiversion;
+use rayon::prelude::*;
+
+/// Rows that one task works on.
+const ROWS_PER_TASK: usize = 32;
 
 multiversion! {
     /// `out = silu(gate) * up` for one row; `gate_up` holds the gate and then the up half.
@@ -14,17 +18,31 @@ multiversion! {
 }
 
 multiversion! {
-    /// Gradients of one row with respect to gate and up, written to `grad` in the same layout.
-    pub fn backward(gate_up: &[f32], grad_out: &[f32], grad: &mut [f32]) {
-        let (gate, up) = gate_up.split_at(grad_out.len());
-        let (grad_gate, grad_up) = grad.split_at_mut(grad_out.len());
-        for at in 0..grad_out.len() {
-            let s = sigmoid(gate[at]);
-            let silu = gate[at] * s;
-            grad_up[at] = grad_out[at] * silu;
-            grad_gate[at] = grad_out[at] * up[at] * (s + silu * (1.0 - s));
+    /// As [`backward_rows`] for one row.
+    fn backward(gate_up: &[f32], out: &mut [f32], grad: &mut [f32]) {
+        let (gate, up) = gate_up.split_at(out.len());
+        let (grad_gate, grad_up) = grad.split_at_mut(out.len());
+        let values = gate.iter().zip(up).zip(out).zip(grad_gate.iter_mut().zip(grad_up));
+        for (((gate, up), out), (grad_gate, grad_up)) in values {
+            let s = sigmoid(*gate);
+            let silu = *gate * s;
+            *grad_up = *out * silu;
+            *grad_gate = *out * *up * (s + silu * (1.0 - s));
+            *out = silu * *up;
         }
     }
+}
+
+/// Gradients of rows with respect to gate and up, `[rows, 2 * inner]`, from `gate_up` of that shape; `out [rows, inner]`
+/// holds the gradient of what [`forward`] gave, and then that again.
+pub fn backward_rows(gate_up: &[f32], inner: usize, out: &mut [f32], grad: &mut [f32]) {
+    assert!(gate_up.len() == 2 * out.len() && grad.len() == 2 * out.len(), "shapes of SwiGLU");
+    let (run, inner) = (ROWS_PER_TASK * inner.max(1), inner.max(1));
+    let runs = gate_up.par_chunks(2 * run).zip(out.par_chunks_mut(run)).zip(grad.par_chunks_mut(2 * run));
+    runs.for_each(|((gate_up, out), grad)| {
+        let rows = gate_up.chunks(2 * inner).zip(out.chunks_mut(inner)).zip(grad.chunks_mut(2 * inner));
+        rows.for_each(|((gate_up, out), grad)| backward(gate_up, out, grad));
+    });
 }
 
 #[cfg(test)]
@@ -40,8 +58,11 @@ mod tests {
             forward(v, &mut out);
             out.iter().zip(&g).map(|(o, g)| f64::from(*o) * f64::from(*g)).sum::<f64>()
         };
-        let mut grad = vec![0.0; 20];
-        backward(&gate_up, &g, &mut grad);
+        let (mut grad, mut out) = (vec![0.0; 20], g.clone());
+        backward_rows(&gate_up, 10, &mut out, &mut grad);
+        let mut forwarded = vec![0.0; 10];
+        forward(&gate_up, &mut forwarded);
+        assert_eq!(out, forwarded);
         for at in 0..20 {
             let (mut plus, mut minus) = (gate_up.clone(), gate_up.clone());
             plus[at] += 1e-2;

@@ -213,18 +213,11 @@ impl Decoder {
     ) {
         let (hidden, inner) = (self.config().hidden_size, self.config().intermediate_size);
         let (rows, weights) = (grad_x.len() / hidden, &self.weights.layers[layer]);
-        let gate_up = &saved.gate_up;
-        for_each_row(sized(&mut buffers.activated, rows * inner), inner, |row, out| {
-            swiglu::forward(&gate_up[row * 2 * inner..][..2 * inner], out);
-        });
+        let activated = sized(&mut buffers.activated, rows * inner);
+        matmul_transposed(grad_x, rows, &weights[Matrix::Down], activated, false);
+        let grad_gate_up = sized(&mut buffers.inner, rows * 2 * inner);
+        swiglu::backward_rows(&saved.gate_up, inner, activated, grad_gate_up);
         sink.matrix(layer, Matrix::Down, grad_x, &buffers.activated);
-        let grad_activated = sized(&mut buffers.activated, rows * inner);
-        matmul_transposed(grad_x, rows, &weights[Matrix::Down], grad_activated, false);
-        let grad_activated = &buffers.activated;
-        for_each_row(sized(&mut buffers.inner, rows * 2 * inner), 2 * inner, |row, out| {
-            let gate_up = &gate_up[row * 2 * inner..][..2 * inner];
-            swiglu::backward(gate_up, &grad_activated[row * inner..][..inner], out);
-        });
         self.replay_norm(
             &saved.middle,
             &weights[Vector::PostNorm],

@@ -1,7 +1,7 @@
 //! Drawing one token from a row of logits.
 
-use crate::kernels::elementary::exp_in_place;
-use crate::kernels::head::Normalizer;
+use crate::kernels::elementary::{exp_in_place, sum};
+use crate::kernels::head::{BLOCK, Normalizer};
 
 /// How tokens are drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -68,8 +68,7 @@ pub fn draw(logits: &[f32], sampling: &Sampling, uniform: f64, scratch: &mut Vec
         let token = walk(kept.iter().map(|id| (*id, scratch[*id as usize])), uniform * mass);
         (token, Some((f64::from(scratch[token as usize]) / mass).ln() as f32))
     } else {
-        let mass: f64 = scratch.iter().map(|weight| f64::from(*weight)).sum();
-        (walk(scratch.iter().enumerate().map(|(id, weight)| (id as u32, *weight)), uniform * mass), None)
+        (walk_row(scratch, uniform), None)
     };
     let logit = logits[token as usize];
     let policy_logprob = policy.logprob(logit);
@@ -101,6 +100,23 @@ fn walk(weights: impl Iterator<Item = (u32, f32)>, target: f64) -> u32 {
         }
     }
     last
+}
+
+/// The first token of a whole row at which the running sum of weights passes `uniform` of all: block by block, and token
+/// by token in the block where it does.
+fn walk_row(weights: &[f32], uniform: f64) -> u32 {
+    let target = uniform * weights.chunks(BLOCK).map(sum).sum::<f64>();
+    let mut before = 0.0;
+    for (number, block) in weights.chunks(BLOCK).enumerate() {
+        let behind = before + sum(block);
+        if behind > target {
+            let first = (number * BLOCK) as u32;
+            return walk((first..).zip(block.iter().copied()), target - before);
+        }
+        before = behind;
+    }
+    // Rounding alone can lead here.
+    weights.iter().rposition(|weight| *weight > 0.0).unwrap_or(0) as u32
 }
 
 /// Ids that survive top-k, top-p and min-p, most probable first; never empty.
@@ -182,6 +198,23 @@ mod tests {
         assert_eq!(support(Sampling { top_p: 0.5, ..warm }), [1, 3]);
         assert_eq!(support(Sampling { min_p: 0.3, ..warm }), [1, 2, 3]);
         assert_eq!(support(Sampling { top_p: 1e-6, ..warm }), [1]);
+    }
+
+    /// Every token of a row of several blocks is drawn as often as its weight says, up to the last.
+    #[test]
+    fn a_row_of_many_blocks_is_walked_in_order() {
+        let weights: Vec<f32> = (0..1300).map(|id| [3.0, 0.0, 1.0, 0.5][id % 4]).collect();
+        let total: f64 = weights.iter().map(|weight| f64::from(*weight)).sum();
+        let mut before = 0.0;
+        for (id, weight) in weights.iter().enumerate().filter(|(_, weight)| **weight > 0.0) {
+            let weight = f64::from(*weight);
+            for share in [0.01, 0.5, 0.99] {
+                assert_eq!(walk_row(&weights, (before + share * weight) / total), id as u32);
+            }
+            before += weight;
+        }
+        assert_eq!(walk_row(&weights, 1.0), 1299);
+        assert_eq!(walk_row(&[0.0; 600], 0.5), 0);
     }
 
     #[test]
