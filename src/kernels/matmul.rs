@@ -439,12 +439,14 @@ unsafe fn sweep<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, cons
     out: Target,
 ) {
     let few = rows % ROWS % 4;
+    let (many, pair, single) = (rows - few, few & 2, few & 1);
     for first in (0..panels).step_by(PANELS_AT_ONCE) {
         let group = first..panels.min(first + PANELS_AT_ONCE);
         // SAFETY: the tiles lie inside the bounds that `tiles` checked.
         unsafe {
-            many_rows::<V, T, ROWS, STEPS, ACROSS>(operands, rows - few, group.clone(), out);
-            few_rows::<V, T, ROWS, STEPS, ACROSS>(operands, rows - few, few, group, out);
+            many_rows::<V, T, ROWS, STEPS, ACROSS>(operands, many, group.clone(), out);
+            few_rows::<V, T, ROWS, STEPS, ACROSS>(operands, many, pair, group.clone(), out);
+            few_rows::<V, T, ROWS, STEPS, ACROSS>(operands, many + pair, single, group, out);
         }
     }
 }
@@ -485,8 +487,8 @@ unsafe fn many_rows<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, 
     }
 }
 
-/// The one to three rows that are left over, from `row` on, of some panels: several of these at once, since the sums of
-/// one alone would wait for each other.
+/// One or two rows, from `row` on, of some panels: several of these at once, since the sums of one alone would wait for
+/// each other.
 ///
 /// # Safety
 /// As [`many_rows`].
@@ -504,13 +506,11 @@ unsafe fn few_rows<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, c
         unsafe {
             let (_, width) = match (rows, panels.end - panel) {
                 (1, 4..) => tile::<V, T, 1, 4, STEPS, ACROSS>(operands, row, panel, out),
-                (2, 4..) if ROWS >= 12 => tile::<V, T, 2, 4, STEPS, ACROSS>(operands, row, panel, out),
                 (1, 2..) => tile::<V, T, 1, 2, STEPS, ACROSS>(operands, row, panel, out),
-                (2, 2..) => tile::<V, T, 2, 2, STEPS, ACROSS>(operands, row, panel, out),
-                (_, 2..) => tile::<V, T, 3, 2, STEPS, ACROSS>(operands, row, panel, out),
                 (1, _) => tile::<V, T, 1, 1, STEPS, ACROSS>(operands, row, panel, out),
-                (2, _) => tile::<V, T, 2, 1, STEPS, ACROSS>(operands, row, panel, out),
-                _ => tile::<V, T, 3, 1, STEPS, ACROSS>(operands, row, panel, out),
+                (_, 4..) if ROWS >= 12 => tile::<V, T, 2, 4, STEPS, ACROSS>(operands, row, panel, out),
+                (_, 2..) => tile::<V, T, 2, 2, STEPS, ACROSS>(operands, row, panel, out),
+                _ => tile::<V, T, 2, 1, STEPS, ACROSS>(operands, row, panel, out),
             };
             panel += width;
         }
