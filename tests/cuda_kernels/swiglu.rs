@@ -37,9 +37,8 @@ fn agrees<T: Format>() {
         for row in 0..rows {
             let gate_up = &gate_up[row * 2 * inner..][..2 * inner];
             swiglu::forward(gate_up, &mut out[row * inner..][..inner]);
-            let grad = &mut grad[row * 2 * inner..][..2 * inner];
-            swiglu::backward(gate_up, &grad_out[row * inner..][..inner], grad);
         }
+        swiglu::backward_rows(&gate_up, inner, &mut grad_out.clone(), &mut grad);
         let forwards = forward::<T>(&device, &gate_up, inner);
         assert_close(&forwards, &out, T::TOLERANCE);
         let (backwards, activated) = backward::<T>(&device, &gate_up, &grad_out, inner);
