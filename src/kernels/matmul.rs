@@ -32,6 +32,8 @@ const FEW_ROWS: usize = 8;
 const PANELS_PER_TASK: usize = 16;
 /// The same where a task first copies its rows, which pays for more than those.
 const PANELS_PER_COPY: usize = 64;
+/// Panels that few rows take at once, and that all rows are done with before the next.
+const PANELS_AT_ONCE: usize = 4;
 /// Panels that one task of a transposed product unpacks at a time.
 const PANELS_PER_TRANSPOSE: usize = 8;
 
@@ -425,9 +427,6 @@ tiles_with! {
     tiles_avx2, x86::Pair, 6, 4
 }
 tiles_with! { tiles_portable, [f32; 16], 4, 1 }
-
-/// Panels that few rows take at once, and that all rows of a sweep are done with before the next.
-const PANELS_AT_ONCE: usize = 4;
 
 /// Covers rows and panels with register tiles of at most `ROWS` rows, whose loop counts every `STEPS` steps.
 /// `ACROSS` is a left matrix whose rows are adjacent, not its steps.
