@@ -17,11 +17,26 @@ multiversion! {
     }
 }
 
+/// What a row is multiplied by: 1 / sqrt(mean(x^2) + epsilon).
+pub fn factor(x: &[f32], epsilon: f32) -> f32 {
+    1.0 / (dot(x, x) / x.len() as f32 + epsilon).sqrt()
+}
+
 /// Normalises one row; returns the factor 1 / sqrt(mean(x^2) + epsilon) that the backward pass needs.
 pub fn forward(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) -> f32 {
-    let scale = 1.0 / (dot(x, x) / x.len() as f32 + epsilon).sqrt();
+    let scale = factor(x, epsilon);
     apply(x, scale, weight, out);
     scale
+}
+
+multiversion! {
+    /// [`forward`] in place.
+    pub fn forward_in_place(x: &mut [f32], weight: &[f32], epsilon: f32) {
+        let scale = factor(x, epsilon);
+        for (x, weight) in x.iter_mut().zip(weight) {
+            *x = *x * scale * *weight;
+        }
+    }
 }
 
 /// Normalises one row again from the factor that [`forward`] returned.

@@ -2,6 +2,7 @@
 
 use super::decoder::{LayerTape, sized};
 use super::layout::{LayerLayout, Matrix, Vector};
+use super::weights::LayerWeights;
 use super::{Carried, Decoder, KvCache, Tape, Workspace};
 use crate::kernels::attention::{self, Gradients, Saved, Tile};
 use crate::kernels::elementary::{add, add_rows};
@@ -10,8 +11,12 @@ use crate::kernels::matmul::{Left, matmul, matmul_transposed};
 use crate::kernels::packed::Packed;
 use crate::kernels::parallel::for_each_row;
 use crate::kernels::{norm, swiglu};
+use rayon::prelude::*;
 use std::mem::take;
 use std::ops::Range;
+
+/// Rows whose gradients of the weights of queries' and keys' norms are summed together.
+const QK_NORM_ROWS_PER_TASK: usize = 64;
 
 /// Buffers of the backward pass, kept between calls.
 #[derive(Debug, Default)]
@@ -289,32 +294,58 @@ impl Decoder {
         buffers: &mut LayerBuffers,
     ) {
         let config = self.config();
-        let (weights, at) = (&self.weights.layers[layer], &self.layout().layers[layer]);
-        let (width, dim) = (config.qkv_width(), config.head_dim);
-        let turned = (config.heads + config.kv_heads) * dim;
+        let (width, turned) = (config.qkv_width(), (config.heads + config.kv_heads) * config.head_dim);
         for_each_row(&mut buffers.qkv, width, |row, values| {
             self.rotary.rotate_back(&mut values[..turned], positions[row]);
         });
         if config.qk_norm {
-            let mut scratch = vec![0.0; dim];
-            for (row, grads) in buffers.qkv.chunks_exact_mut(width).enumerate() {
-                for (head, grad) in grads[..turned].chunks_exact_mut(dim).enumerate() {
-                    let (range, weight) = if head < config.heads {
-                        (&at.q_norm, &weights[Vector::QueryNorm])
-                    } else {
-                        (&at.k_norm, &weights[Vector::KeyNorm])
-                    };
-                    let x = &saved.before_norm[row * width + head * dim..][..dim];
-                    let scale = norm::forward(x, weight, config.norm_epsilon, &mut scratch);
-                    scratch.fill(0.0);
-                    norm::backward(x, weight, scale, grad, &mut scratch, sink.vector(range));
-                    grad.copy_from_slice(&scratch);
-                }
-            }
+            self.qk_norms_backward(layer, &saved.before_norm, &mut buffers.qkv, sink);
         }
         if config.attention_bias {
-            add_rows(sink.vector(&at.qkv_bias), &buffers.qkv);
+            add_rows(sink.vector(&self.layout().layers[layer].qkv_bias), &buffers.qkv);
         }
+    }
+
+    /// Turns gradients behind the norms of queries and keys into those before them, `before [rows, qkv width]`. The gradients
+    /// of the norms' weights are summed by runs of rows, then in the runs' order.
+    fn qk_norms_backward(&self, layer: usize, before: &[f32], grads: &mut [f32], sink: &mut Sink) {
+        let (weights, at) = (&self.weights.layers[layer], &self.layout().layers[layer]);
+        let run = QK_NORM_ROWS_PER_TASK * self.config().qkv_width();
+        let runs = before.par_chunks(run).zip(grads.par_chunks_mut(run));
+        let parts: Vec<[Vec<f32>; 2]> =
+            runs.map(|(before, grads)| self.qk_norms_backward_rows(weights, before, grads)).collect();
+        for [queries, keys] in &parts {
+            add(sink.vector(&at.q_norm), queries);
+            add(sink.vector(&at.k_norm), keys);
+        }
+    }
+
+    /// The same for some rows; returns the gradients of the weights of the queries' and of the keys' norm.
+    fn qk_norms_backward_rows(
+        &self,
+        weights: &LayerWeights,
+        before: &[f32],
+        grads: &mut [f32],
+    ) -> [Vec<f32>; 2] {
+        let config = self.config();
+        let (width, dim) = (config.qkv_width(), config.head_dim);
+        let turned = (config.heads + config.kv_heads) * dim;
+        let (mut queries, mut keys, mut grad_x) = (vec![0.0; dim], vec![0.0; dim], vec![0.0; dim]);
+        for (before, grads) in before.chunks_exact(width).zip(grads.chunks_exact_mut(width)) {
+            let heads = before[..turned].chunks_exact(dim).zip(grads[..turned].chunks_exact_mut(dim));
+            for (head, (x, grad)) in heads.enumerate() {
+                let (vector, grad_weight) = if head < config.heads {
+                    (Vector::QueryNorm, &mut queries)
+                } else {
+                    (Vector::KeyNorm, &mut keys)
+                };
+                grad_x.fill(0.0);
+                let scale = norm::factor(x, config.norm_epsilon);
+                norm::backward(x, &weights[vector], scale, grad, &mut grad_x, grad_weight);
+                grad.copy_from_slice(&grad_x);
+            }
+        }
+        [queries, keys]
     }
 
     fn replay_norm(&self, x: &[f32], weight: &[f32], scales: &[f32], out: &mut Vec<f32>) {

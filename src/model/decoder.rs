@@ -334,8 +334,7 @@ impl Decoder {
             for_each_row(&mut workspace.qkv, width, |_, row| {
                 for (head, values) in row[..turned].chunks_exact_mut(dim).enumerate() {
                     let weight = if head < self.config.heads { Vector::QueryNorm } else { Vector::KeyNorm };
-                    let before = values.to_vec();
-                    norm::forward(&before, &at[weight], self.config.norm_epsilon, values);
+                    norm::forward_in_place(values, &at[weight], self.config.norm_epsilon);
                 }
             });
         }
