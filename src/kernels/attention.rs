@@ -16,6 +16,7 @@ use super::simd::multiversion;
 use super::{LANES, pad};
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Positions in one page.
 pub const PAGE: usize = LANES;
@@ -83,7 +84,7 @@ pub struct Piece {
     /// Position of the first query within its segment.
     pub offset: usize,
     /// The segment's pages.
-    pub own: Vec<Extent>,
+    pub own: Arc<Vec<Extent>>,
 }
 
 /// Queries that share all their ancestors.
@@ -92,26 +93,28 @@ pub struct Tile {
     /// Number of the tree, for the backward pass.
     pub tree: usize,
     /// Pages of the ancestors, root first.
-    pub prefix: std::sync::Arc<[Extent]>,
+    pub prefix: Arc<[Extent]>,
     /// The queries.
     pub pieces: Vec<Piece>,
 }
 
 impl Tile {
-    /// Cuts queries that share a prefix into tiles of a good size.
+    /// Cuts queries that share a prefix into tiles of a good size, in memory of `spare` ones.
     pub fn cut(
         tree: usize,
-        prefix: &std::sync::Arc<[Extent]>,
+        prefix: &Arc<[Extent]>,
         pieces: impl Iterator<Item = Piece>,
         geometry: Geometry,
-    ) -> Vec<Self> {
+        tiles: &mut Vec<Self>,
+        spare: &mut Vec<Vec<Piece>>,
+    ) {
         let limit = (TILE_ROWS / geometry.group()).max(1);
-        let mut tiles: Vec<Self> = Vec::new();
         let mut room = 0;
         for mut piece in pieces {
             while piece.count > 0 {
                 if room == 0 {
-                    tiles.push(Self { tree, prefix: prefix.clone(), pieces: Vec::new() });
+                    let pieces = spare.pop().unwrap_or_default();
+                    tiles.push(Self { tree, prefix: prefix.clone(), pieces });
                     room = limit;
                 }
                 let count = piece.count.min(room);
@@ -125,7 +128,6 @@ impl Tile {
                 piece.count -= count;
             }
         }
-        tiles
     }
 
     fn queries(&self) -> usize {
@@ -168,6 +170,7 @@ struct Scratch {
     keys: Vec<f32>,
     values: Vec<f32>,
     query_grads: Vec<f32>,
+    factors: Vec<f32>,
 }
 
 thread_local! {
@@ -262,9 +265,9 @@ impl Job<'_> {
         self.scores(tile_queries, rows, scores, stride);
         let padded = self.geometry.padded();
         let sums = zeroed(&mut scratch.sums, rows * padded);
-        let factors = self.softmax(scores, stride, log_sums);
+        self.softmax(scores, stride, log_sums, &mut scratch.factors);
         self.weighted_values(scores, rows, stride, sums);
-        self.write(sums, &factors, out);
+        self.write(sums, &scratch.factors, out);
     }
 
     /// Unscaled scores of every row against its whole path, by path position.
@@ -278,7 +281,7 @@ impl Job<'_> {
         for (rows, piece) in self.piece_rows() {
             let mut left = piece.offset + piece.count;
             let mut at = rows.start * stride + at;
-            for extent in &piece.own {
+            for extent in piece.own.iter() {
                 let length = extent.length.min(left);
                 let queries = &queries[rows.start * dim..rows.end * dim];
                 self.score_extent(queries, rows.len(), extent, length, &mut scores[at..], stride);
@@ -309,9 +312,9 @@ impl Job<'_> {
     }
 
     /// Turns scores into e^(score - max), zero past the query itself, and stores the log-sums.
-    /// Returns what each row's weighted sum is to be multiplied by.
-    fn softmax(&self, scores: &mut [f32], stride: usize, log_sums: &Disjoint) -> Vec<f32> {
-        let mut factors = Vec::new();
+    /// `factors` takes what each row's weighted sum is to be multiplied by.
+    fn softmax(&self, scores: &mut [f32], stride: usize, log_sums: &Disjoint, factors: &mut Vec<f32>) {
+        factors.clear();
         let (group, scale) = (self.geometry.group(), self.geometry.scale());
         let prefix = self.tile.prefix_length();
         for (rows, piece) in self.piece_rows() {
@@ -331,7 +334,6 @@ impl Job<'_> {
                 factors.push(1.0 / sum);
             }
         }
-        factors
     }
 
     /// One chain per output element over the whole path.
@@ -346,7 +348,7 @@ impl Job<'_> {
             let mut left = piece.offset + piece.count;
             let mut at = rows.start * stride + at;
             let sums = &mut sums[rows.start * padded..rows.end * padded];
-            for extent in &piece.own {
+            for extent in piece.own.iter() {
                 let length = extent.length.min(left);
                 self.weigh_extent(&weights[at..], rows.len(), stride, extent, length, sums);
                 at += length;
@@ -465,7 +467,7 @@ impl Job<'_> {
         }
         for (rows, piece) in self.piece_rows() {
             let (mut at, mut left) = (at, piece.offset + piece.count);
-            for extent in &piece.own {
+            for extent in piece.own.iter() {
                 let length = extent.length.min(left);
                 let block = Block { rows: rows.clone(), extent: *extent, length, position: at };
                 self.backward_extent(scratch, &block, &statistics, key_rows, key_grads, value_grads);

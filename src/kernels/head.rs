@@ -7,7 +7,7 @@
 
 use super::dtype::{Dtype, Products};
 use super::elementary::{exp, exp_sums, max};
-use super::matmul::{Left, matmul, matmul_transposed};
+use super::matmul::{Left, Output, matmul, matmul_to, matmul_transposed};
 use super::packed::Packed;
 use super::parallel::{Disjoint, for_each_item, for_each_row};
 use super::simd::multiversion;
@@ -72,16 +72,10 @@ impl PackedHead {
     /// where the caller bounds the number of rows.
     pub fn logits(&self, hidden: &[f32], rows: usize, out: &mut [f32]) {
         assert_eq!(out.len(), rows * self.vocabulary, "output shape");
-        let out = Disjoint::new(out);
+        let (buffer, stride) = (Disjoint::new(out), self.vocabulary);
         for_each_item(self.blocks.len(), true, |at| {
-            let block = &self.blocks[at];
-            let mut values = vec![0.0; rows * block.columns()];
-            matmul(Left::rows(hidden, self.hidden), rows, block, &mut values, false);
-            for (row, values) in values.chunks_exact(block.columns()).enumerate() {
-                let start = row * self.vocabulary + at * BLOCK;
-                // SAFETY: these entries of this row belong to this block alone.
-                unsafe { out.slice(start, values.len()) }.copy_from_slice(values);
-            }
+            let out = Output { buffer, first: at * BLOCK, stride };
+            matmul_to(Left::rows(hidden, self.hidden), rows, &self.blocks[at], out, false);
         });
     }
 }

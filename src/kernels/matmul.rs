@@ -75,12 +75,22 @@ impl<'a> Left<'a> {
 /// `out` is row-major with rows of `right.columns()` elements. With `accumulate` the chains go on
 /// from the values in `out`.
 pub fn matmul(left: Left, rows: usize, right: &Packed, out: &mut [f32], accumulate: bool) {
+    assert_eq!(out.len(), rows * right.columns(), "output shape");
+    matmul_to(
+        left,
+        rows,
+        right,
+        Output { buffer: Disjoint::new(out), first: 0, stride: right.columns() },
+        accumulate,
+    );
+}
+
+/// As [`matmul`], to some columns of a wider matrix, which belong to the caller alone.
+pub(super) fn matmul_to(left: Left, rows: usize, right: &Packed, out: Output, accumulate: bool) {
     let (inner, columns) = (right.inner(), right.columns());
     left.check(rows, inner);
-    assert_eq!(out.len(), rows * columns, "output shape");
     let panels_per_task = panels_per_task(&left, rows, columns.div_ceil(LANES));
     let panel_tasks = columns.div_ceil(LANES).div_ceil(panels_per_task);
-    let shared = Disjoint::new(out);
     let parallel = pays_in_parallel(rows, columns, inner);
     for_values!(&right.values, values => {
         let right = Panels { values, inner, first: 0, columns };
@@ -88,7 +98,7 @@ pub fn matmul(left: Left, rows: usize, right: &Packed, out: &mut [f32], accumula
             for_each_item(rows.div_ceil(ROWS_PER_TASK) * panel_tasks, parallel, |task| {
                 let first = task % panel_tasks * panels_per_task;
                 let panels = first..columns.div_ceil(LANES).min(first + panels_per_task);
-                block(left, row_block(task / panel_tasks, rows), &right, panels, &shared, accumulate);
+                block(left, row_block(task / panel_tasks, rows), &right, panels, out, accumulate);
             });
         });
     });
@@ -100,11 +110,11 @@ pub fn matmul_transposed(left: &[f32], rows: usize, right: &Packed, out: &mut [f
     let (inner, columns) = (right.inner(), right.columns());
     assert!(left.len() == rows * columns && out.len() == rows * inner, "product shape");
     let left = Left::rows(left, columns);
-    let shared = Disjoint::new(out);
+    let out = Output { buffer: Disjoint::new(out), first: 0, stride: inner };
     for_values!(&right.values, values => {
         let right = Panels { values, inner: columns, first: 0, columns: inner };
         with_factors(&right, left, rows, |left| {
-            transposed(left, rows, values, [inner, columns], &shared, accumulate);
+            transposed(left, rows, values, [inner, columns], out, accumulate);
         });
     });
 }
@@ -130,7 +140,7 @@ fn transposed<T: Factor>(
     rows: usize,
     values: &[T],
     [inner, columns]: [usize; 2],
-    out: &Disjoint,
+    out: Output,
     accumulate: bool,
 ) {
     let panels = inner.div_ceil(LANES);
@@ -170,6 +180,23 @@ fn row_block(number: usize, rows: usize) -> Range<usize> {
     number * ROWS_PER_TASK..rows.min((number + 1) * ROWS_PER_TASK)
 }
 
+/// Where a product goes: element (row, column) at `first + row * stride + column` of a buffer.
+#[derive(Clone, Copy)]
+pub(super) struct Output {
+    /// The buffer, of which others may be writing other elements.
+    pub(super) buffer: Disjoint,
+    /// Place of the first element.
+    pub(super) first: usize,
+    /// Distance between rows.
+    pub(super) stride: usize,
+}
+
+impl Output {
+    fn at(&self, row: usize, column: usize) -> usize {
+        self.first + row * self.stride + column
+    }
+}
+
 /// Panels of a right-hand matrix, from number `first` on.
 #[derive(Clone, Copy)]
 struct Panels<'a, T> {
@@ -202,7 +229,7 @@ fn block<T: Factor>(
     rows: Range<usize>,
     right: &Panels<T>,
     panels: Range<usize>,
-    out: &Disjoint,
+    out: Output,
     accumulate: bool,
 ) {
     let steps = right.steps();
@@ -263,15 +290,16 @@ struct Part<'a, T> {
 }
 
 impl<T: Factor> Part<'_, T> {
-    fn sweep(&self, panels: Range<usize>, out: &Disjoint) {
+    fn sweep(&self, panels: Range<usize>, out: Output) {
         let columns = self.right.columns;
         let whole = panels.start..panels.end.min(columns / LANES);
         if !whole.is_empty() {
             let operands = self.operands(whole.start, whole.len());
             operands.check(self.rows.len(), whole.len());
-            let start = self.rows.start * columns + whole.start * LANES;
-            let first = out.pointer(start, (self.rows.len() - 1) * columns + whole.len() * LANES);
-            let out = Target { first, stride: columns, accumulate: self.accumulate };
+            let start = out.at(self.rows.start, whole.start * LANES);
+            let length = (self.rows.len() - 1) * out.stride + whole.len() * LANES;
+            let first = out.buffer.pointer(start, length);
+            let out = Target { first, stride: out.stride, accumulate: self.accumulate };
             // SAFETY: the operands were checked, the output range lies inside the buffer, and
             // only these panels of these rows are touched, which belong to this task alone.
             unsafe { tiles_at(&operands, self.rows.len(), whole.len(), out) };
@@ -295,18 +323,17 @@ impl<T: Factor> Part<'_, T> {
     }
 
     /// The last panel when it is narrower than sixteen columns: through a padded copy.
-    fn narrow(&self, panel: usize, width: usize, out: &Disjoint) {
-        let columns = self.right.columns;
+    fn narrow(&self, panel: usize, width: usize, out: Output) {
         let mut padded = [0.0; ROWS_PER_TASK * LANES];
         for (at, row) in self.rows.clone().enumerate() {
             // SAFETY: these elements belong to this task alone.
-            let source = unsafe { out.slice(row * columns + panel * LANES, width) };
+            let source = unsafe { out.buffer.slice(out.at(row, panel * LANES), width) };
             padded[at * LANES..][..width].copy_from_slice(source);
         }
         tiles(&self.operands(panel, 1), self.rows.len(), 1, &mut padded, LANES, self.accumulate);
         for (at, row) in self.rows.clone().enumerate() {
             // SAFETY: as above.
-            let target = unsafe { out.slice(row * columns + panel * LANES, width) };
+            let target = unsafe { out.buffer.slice(out.at(row, panel * LANES), width) };
             target.copy_from_slice(&padded[at * LANES..][..width]);
         }
     }

@@ -27,7 +27,8 @@ struct Node {
     tree: usize,
     position: usize,
     length: usize,
-    extents: Vec<Extent>,
+    /// Shared with the tiles of a pass, and changed between passes.
+    extents: Arc<Vec<Extent>>,
     children: usize,
     /// The extents of all ancestors, root first; shared by siblings.
     prefix: Arc<[Extent]>,
@@ -39,7 +40,7 @@ impl Node {
     /// Page and lane of a position.
     fn locate(&self, at: usize) -> Option<(usize, usize)> {
         let mut left = at;
-        for extent in &self.extents {
+        for extent in self.extents.iter() {
             if left < extent.length {
                 return Some((extent.page + left / PAGE, left % PAGE));
             }
@@ -134,7 +135,7 @@ impl KvCache {
             node.position = parent.position + parent.length;
             node.prefix = parent
                 .path
-                .get_or_insert_with(|| parent.prefix.iter().chain(&parent.extents).copied().collect())
+                .get_or_insert_with(|| parent.prefix.iter().chain(parent.extents.iter()).copied().collect())
                 .clone();
         }
         self.nodes[id] = node;
@@ -148,14 +149,14 @@ impl KvCache {
             let length = self.nodes[node].length;
             if length.is_multiple_of(PAGE) {
                 let page = self.allocate();
-                let extents = &mut self.nodes[node].extents;
+                let extents = Arc::make_mut(&mut self.nodes[node].extents);
                 match extents.last() {
                     Some(last) if last.page + last.length.div_ceil(PAGE) == page => {}
                     _ => extents.push(Extent { page, length: 0, row: row + added }),
                 }
             }
             let step = (count - added).min(PAGE - length % PAGE);
-            if let Some(last) = self.nodes[node].extents.last_mut() {
+            if let Some(last) = Arc::make_mut(&mut self.nodes[node].extents).last_mut() {
                 last.length += step;
             }
             self.nodes[node].length += step;
@@ -199,7 +200,7 @@ impl KvCache {
     pub fn release(&mut self, NodeId(id): NodeId) {
         debug_assert_eq!(self.nodes[id].children, 0, "a node with children was released");
         let node = std::mem::take(&mut self.nodes[id]);
-        for extent in &node.extents {
+        for extent in node.extents.iter() {
             let pages = extent.page..extent.page + extent.length.div_ceil(PAGE);
             self.free_pages.extend(pages.rev());
         }
@@ -229,8 +230,10 @@ impl KvCache {
         self.path_length(extension.node) - extension.rows.len()
     }
 
-    /// Queries of a batch as tiles, siblings together, sorted by tree.
-    pub(super) fn tiles(&self, extensions: &[Extension]) -> Vec<Tile> {
+    /// Queries of a batch as tiles, siblings together, sorted by tree; the memory of those before them is used again.
+    pub(super) fn tiles(&self, extensions: &[Extension], tiles: &mut Vec<Tile>) {
+        let mut spare: Vec<Vec<Piece>> = tiles.drain(..).map(|tile| tile.pieces).collect();
+        spare.iter_mut().for_each(Vec::clear);
         let mut order: Vec<&Extension> =
             extensions.iter().filter(|extension| !extension.rows.is_empty()).collect();
         let parent = |extension: &Extension| self.nodes[extension.node.0].parent.map(|parent| parent.0);
@@ -239,7 +242,6 @@ impl KvCache {
             None => (self.nodes[extension.node.0].tree, 0, 1 + extension.node.0),
         };
         order.sort_by_key(|extension| family(extension));
-        let mut tiles = Vec::new();
         for siblings in order.chunk_by(|a, b| family(a) == family(b)) {
             let first = &self.nodes[siblings[0].node.0];
             let pieces = siblings.iter().map(|extension| {
@@ -251,13 +253,13 @@ impl KvCache {
                     own: node.extents.clone(),
                 }
             });
-            tiles.extend(Tile::cut(first.tree, &first.prefix, pieces, self.geometry));
+            Tile::cut(first.tree, &first.prefix, pieces, self.geometry, tiles, &mut spare);
         }
-        tiles
     }
 
     /// Where the keys and values of a batch's rows go.
-    pub(super) fn places(&self, extensions: &[Extension]) -> Vec<Place> {
+    pub(super) fn places(&self, extensions: &[Extension], places: &mut Vec<Place>) {
+        places.clear();
         let of = |extension: &Extension| {
             let node = &self.nodes[extension.node.0];
             let first = node.length - extension.rows.len();
@@ -266,7 +268,7 @@ impl KvCache {
                 Some(Place { row, page, lane })
             })
         };
-        extensions.iter().flat_map(of).collect()
+        places.extend(extensions.iter().flat_map(of));
     }
 
     /// Writes the keys and values of rows, which start `offset` elements into rows of `width` elements.

@@ -15,7 +15,7 @@ use crate::kernels::parallel::{self, for_each_row};
 use crate::kernels::rotary::RotaryTable;
 use crate::kernels::{norm, swiglu};
 use rayon::prelude::*;
-use std::mem::swap;
+use std::mem::{swap, take};
 
 /// A decoder: its weights, packed for the matrix products, and nothing twice.
 #[derive(Clone, Debug)]
@@ -40,6 +40,7 @@ pub struct Workspace {
     pub(super) activated: Vec<f32>,
     pub(super) positions: Vec<usize>,
     pub(super) places: Vec<Place>,
+    tiles: Vec<Tile>,
     pub(super) backward: BackwardBuffers,
     /// Floating-point operations done so far, counted from shapes.
     pub flops: u64,
@@ -209,9 +210,10 @@ impl Decoder {
         let lengths = extensions.iter().map(|extension| cache.path_length(extension.node));
         self.config.check(ids, lengths.max().unwrap_or(0))?;
         let hidden = self.config.hidden_size;
-        let tiles = cache.tiles(extensions);
+        let mut tiles = take(&mut workspace.tiles);
+        cache.tiles(extensions, &mut tiles);
         set_positions(&mut workspace.positions, ids.len(), extensions, cache);
-        workspace.places = cache.places(extensions);
+        cache.places(extensions, &mut workspace.places);
         let embedding = self.weights.embedding();
         for_each_row(sized(&mut workspace.x, ids.len() * hidden), hidden, |row, x| {
             embedding.row(ids[row] as usize, x);
@@ -237,6 +239,12 @@ impl Decoder {
             tape.positions.clone_from(&workspace.positions);
             tape.ids = ids.to_vec();
             tape.tiles = tiles;
+        } else {
+            // The nodes' pages are theirs alone again, so that they grow in place.
+            for tile in &mut tiles {
+                tile.pieces.clear();
+            }
+            workspace.tiles = tiles;
         }
         Ok(())
     }

@@ -281,9 +281,19 @@ struct Pass {
     ids: Vec<u32>,
     extensions: Vec<Extension>,
     complete: Vec<Complete>,
+    /// Rows behind which tokens are drawn.
+    ends: Vec<usize>,
 }
 
 impl Pass {
+    /// Begins the next one in the same memory.
+    fn clear(&mut self) {
+        self.ids.clear();
+        self.extensions.clear();
+        self.complete.clear();
+        self.ends.clear();
+    }
+
     fn add(&mut self, node: NodeId, ids: &[u32], cache: &mut KvCache) {
         let rows = self.ids.len()..self.ids.len() + ids.len();
         cache.extend(node, ids.len(), rows.start);
@@ -336,9 +346,10 @@ impl<'a, 'p> Lane<'a, 'p> {
 
     /// Works until the queue is empty and every reply has ended.
     fn run(mut self) -> Result<Sampled, ModelError> {
+        let mut pass = Pass::default();
         loop {
             let start = Instant::now();
-            let mut pass = Pass::default();
+            pass.clear();
             self.add_replies(&mut pass);
             let replies = pass.ids.len();
             self.add_prompts(&mut pass);
@@ -347,7 +358,7 @@ impl<'a, 'p> Lane<'a, 'p> {
             }
             let prompts = pass.ids.len() - replies;
             self.sampled.cache_bytes = self.sampled.cache_bytes.max(self.cache.used_bytes() as u64);
-            self.compute(pass, replies)?;
+            self.compute(&mut pass, replies)?;
             let share = prompts as f64 / (prompts + replies).max(1) as f64;
             let elapsed = start.elapsed().as_secs_f64();
             self.sampled.prompt_tokens += prompts as u64;
@@ -428,18 +439,17 @@ impl<'a, 'p> Lane<'a, 'p> {
     }
 
     /// Runs a pass with so many replies, draws their next tokens and the first ones of replies that begin.
-    fn compute(&mut self, pass: Pass, replies: usize) -> Result<(), ModelError> {
-        let Pass { ids, extensions, complete } = pass;
+    fn compute(&mut self, pass: &mut Pass, replies: usize) -> Result<(), ModelError> {
+        let Pass { ids, extensions, complete, ends } = pass;
         let decoder = self.engine.decoder;
         if !ids.is_empty() {
-            decoder.forward(&ids, &extensions, &mut self.cache, &mut self.workspace, None)?;
+            decoder.forward(ids, extensions, &mut self.cache, &mut self.workspace, None)?;
         }
-        let rows: Vec<usize> = (0..replies).chain(complete.iter().map(|prompt| prompt.row)).collect();
-        let mut states = decoder.hidden(&self.workspace, &rows);
+        ends.extend((0..replies).chain(complete.iter().map(|prompt| prompt.row)));
+        let mut states = decoder.hidden(&self.workspace, ends);
         let width = decoder.config().hidden_size;
         let of_prompts = states.split_off(replies * width);
-        for (Complete { prompt, node, .. }, state) in complete.into_iter().zip(of_prompts.chunks_exact(width))
-        {
+        for (Complete { prompt, node, .. }, state) in complete.drain(..).zip(of_prompts.chunks_exact(width)) {
             self.ready.push_back(Ready { prompt, node, state: state.to_vec() });
         }
         // Prompts that are ready have their pages already.
@@ -475,13 +485,13 @@ impl<'a, 'p> Lane<'a, 'p> {
         for (block, states) in states.chunks(rows_at_once * width).enumerate() {
             self.engine.decoder.logits(states, logits, &mut self.workspace);
             let first = block * rows_at_once;
-            self.live.par_iter_mut().for_each_init(Vec::new, |scratch, live| {
+            self.live.par_iter_mut().for_each(|live| {
                 let at = live.row.and_then(|row| row.checked_sub(first));
                 if let Some(logits) = at.and_then(|row| logits.get(row * vocabulary..(row + 1) * vocabulary))
                 {
                     let growing = &mut live.growing;
                     let uniform = growing.stream.uniform(growing.rollout.tokens.len() as u64);
-                    growing.push(draw(logits, sampling, uniform, scratch));
+                    growing.push(draw(logits, sampling, uniform));
                 }
             });
         }

@@ -2,6 +2,7 @@
 
 use crate::kernels::elementary::{exp_in_place, sum};
 use crate::kernels::head::{BLOCK, Normalizer};
+use std::cell::RefCell;
 
 /// How tokens are drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -43,11 +44,19 @@ pub struct Draw {
     pub sampling_logprob: f32,
 }
 
+/// Of the tokens that truncation leaves, how many are sorted at first.
+const SORTED_FIRST: usize = 64;
+
+thread_local! {
+    /// Weights of a whole vocabulary, and the tokens that truncation leaves of it.
+    static SCRATCH: RefCell<(Vec<f32>, Vec<u32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
+
 /// Draws a token with the random number `uniform` in [0, 1).
 ///
 /// Truncation follows transformers: temperature, then top-k, then top-p, then min-p, each over
 /// what the one before left. Ties go to the smaller id.
-pub fn draw(logits: &[f32], sampling: &Sampling, uniform: f64, scratch: &mut Vec<f32>) -> Draw {
+pub fn draw(logits: &[f32], sampling: &Sampling, uniform: f64) -> Draw {
     let plain = Normalizer::of_row(logits, 1.0);
     if sampling.temperature <= 0.0 {
         let token = argmax(logits);
@@ -59,21 +68,27 @@ pub fn draw(logits: &[f32], sampling: &Sampling, uniform: f64, scratch: &mut Vec
         1.0 => plain,
         _ => Normalizer::of_row(logits, inverse_temperature),
     };
-    scratch.clear();
-    scratch.extend_from_slice(logits);
-    exp_in_place(scratch, plain.largest(), inverse_temperature);
-    let (token, truncated) = if sampling.truncates() {
-        let kept = truncate(scratch, sampling);
-        let mass: f64 = kept.iter().map(|id| f64::from(scratch[*id as usize])).sum();
-        let token = walk(kept.iter().map(|id| (*id, scratch[*id as usize])), uniform * mass);
-        (token, Some((f64::from(scratch[token as usize]) / mass).ln() as f32))
-    } else {
-        (walk_row(scratch, uniform), None)
-    };
+    let (token, truncated) = SCRATCH.with_borrow_mut(|(weights, kept)| {
+        weights.clear();
+        weights.extend_from_slice(logits);
+        exp_in_place(weights, plain.largest(), inverse_temperature);
+        choose(weights, sampling, uniform, kept)
+    });
     let logit = logits[token as usize];
     let policy_logprob = policy.logprob(logit);
     let sampling_logprob = truncated.unwrap_or(policy_logprob);
     Draw { token, logprob: plain.logprob(logit), policy_logprob, sampling_logprob }
+}
+
+/// A token by the weights of all, and its log-probability under what truncation leaves of them.
+fn choose(weights: &[f32], sampling: &Sampling, uniform: f64, kept: &mut Vec<u32>) -> (u32, Option<f32>) {
+    if !sampling.truncates() {
+        return (walk_row(weights, uniform), None);
+    }
+    truncate(weights, sampling, kept);
+    let mass: f64 = kept.iter().map(|id| f64::from(weights[*id as usize])).sum();
+    let token = walk(kept.iter().map(|id| (*id, weights[*id as usize])), uniform * mass);
+    (token, Some((f64::from(weights[token as usize]) / mass).ln() as f32))
 }
 
 /// Place of the largest value, the first of equals.
@@ -119,32 +134,42 @@ fn walk_row(weights: &[f32], uniform: f64) -> u32 {
     weights.iter().rposition(|weight| *weight > 0.0).unwrap_or(0) as u32
 }
 
-/// Ids that survive top-k, top-p and min-p, most probable first; never empty.
-fn truncate(weights: &[f32], sampling: &Sampling) -> Vec<u32> {
-    let mut ids: Vec<u32> = (0..weights.len() as u32).collect();
+/// Ids that survive top-k, top-p and min-p, most probable first; never none. They are sorted only as far as they survive.
+fn truncate(weights: &[f32], sampling: &Sampling, ids: &mut Vec<u32>) {
     let weight = |id: &u32| weights[*id as usize];
     let order = |a: &u32, b: &u32| weight(b).total_cmp(&weight(a)).then(a.cmp(b));
+    ids.clear();
+    ids.extend(0..weights.len() as u32);
     if sampling.top_k > 0 && sampling.top_k < ids.len() {
         ids.select_nth_unstable_by(sampling.top_k, order);
         ids.truncate(sampling.top_k);
     }
-    ids.sort_unstable_by(order);
-    if sampling.top_p < 1.0 {
-        let mass: f64 = ids.iter().map(|id| f64::from(weight(id))).sum();
-        let limit = f64::from(sampling.top_p) * mass;
-        let mut sum = 0.0;
-        let kept = ids.iter().take_while(|id| {
-            let before = sum;
-            sum += f64::from(weight(id));
-            before < limit
-        });
-        let kept = kept.count();
-        ids.truncate(kept.max(1));
+    let limit = match sampling.top_p {
+        ..1.0 => f64::from(sampling.top_p) * ids.iter().map(|id| f64::from(weight(id))).sum::<f64>(),
+        _ => f64::INFINITY,
+    };
+    let floor = sampling.min_p * ids.iter().map(weight).fold(0.0, f32::max);
+    let (mut kept, mut before, mut at_once) = (0, 0.0, SORTED_FIRST);
+    while kept < ids.len() {
+        let rest = &mut ids[kept..];
+        let count = at_once.min(rest.len());
+        if count < rest.len() {
+            rest.select_nth_unstable_by(count, order);
+        }
+        rest[..count].sort_unstable_by(order);
+        let survives = |id: &&u32| {
+            let survives = before < limit && weight(id) >= floor;
+            before += f64::from(weight(id));
+            survives
+        };
+        let surviving = rest[..count].iter().take_while(survives).count();
+        kept += surviving;
+        if surviving < count {
+            break;
+        }
+        at_once *= 8;
     }
-    let floor = sampling.min_p * weight(&ids[0]);
-    let kept = ids.iter().take_while(|id| weight(id) >= floor).count();
     ids.truncate(kept.max(1));
-    ids
 }
 
 #[cfg(test)]
@@ -161,10 +186,9 @@ mod tests {
 
     fn frequencies(sampling: &Sampling) -> Vec<f64> {
         let mut counts = vec![0.0; LOGITS.len()];
-        let mut scratch = Vec::new();
         for n in 0..20_000 {
             let uniform = (f64::from(n) + 0.5) / 20_000.0;
-            counts[draw(&LOGITS, sampling, uniform, &mut scratch).token as usize] += 1.0 / 20_000.0;
+            counts[draw(&LOGITS, sampling, uniform).token as usize] += 1.0 / 20_000.0;
         }
         counts
     }
@@ -180,7 +204,7 @@ mod tests {
     #[test]
     fn logprobs_are_those_of_three_distributions() {
         let sampling = Sampling { temperature: 0.5, top_k: 2, ..Sampling::GREEDY };
-        let drawn = draw(&LOGITS, &sampling, 0.9, &mut Vec::new());
+        let drawn = draw(&LOGITS, &sampling, 0.9);
         assert_eq!(drawn.token, 3);
         assert!((f64::from(drawn.logprob) - probabilities(1.0)[3].ln()).abs() < 1e-6);
         assert!((f64::from(drawn.policy_logprob) - probabilities(0.5)[3].ln()).abs() < 1e-6);
@@ -198,6 +222,40 @@ mod tests {
         assert_eq!(support(Sampling { top_p: 0.5, ..warm }), [1, 3]);
         assert_eq!(support(Sampling { min_p: 0.3, ..warm }), [1, 2, 3]);
         assert_eq!(support(Sampling { top_p: 1e-6, ..warm }), [1]);
+    }
+
+    /// Sorting only what survives keeps what sorting everything does.
+    #[test]
+    fn truncation_of_many_tokens_is_that_of_the_whole_order() {
+        let stream = crate::random::Stream::new(5, "weights");
+        let weights: Vec<f32> = (0..5000).map(|n| (stream.below(n, 900) as f32 / 300.0).exp()).collect();
+        let mut order: Vec<u32> = (0..weights.len() as u32).collect();
+        let weight = |id: &u32| weights[*id as usize];
+        order.sort_by(|a, b| weight(b).total_cmp(&weight(a)));
+        let mut kept = Vec::new();
+        for (top_k, top_p, min_p) in [
+            (0, 0.001, 0.0),
+            (0, 0.02, 0.0),
+            (0, 0.9, 0.0),
+            (700, 1.0, 0.0),
+            (700, 0.5, 0.0),
+            (0, 1.0, 0.9),
+            (0, 0.9, 0.5),
+        ] {
+            let candidates = &order[..if top_k > 0 { top_k } else { order.len() }];
+            let mass: f64 = candidates.iter().map(|id| f64::from(weight(id))).sum();
+            let (mut before, mut expected) = (0.0, Vec::new());
+            for id in candidates {
+                if top_p < 1.0 && before >= f64::from(top_p) * mass || weight(id) < min_p * weight(&order[0])
+                {
+                    break;
+                }
+                before += f64::from(weight(id));
+                expected.push(*id);
+            }
+            truncate(&weights, &Sampling { temperature: 1.0, top_k, top_p, min_p }, &mut kept);
+            assert_eq!(kept, expected, "{top_k} {top_p} {min_p}");
+        }
     }
 
     /// Every token of a row of several blocks is drawn as often as its weight says, up to the last.
@@ -219,6 +277,6 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_equals() {
-        assert_eq!(draw(&LOGITS, &Sampling::GREEDY, 0.99, &mut Vec::new()).token, 1);
+        assert_eq!(draw(&LOGITS, &Sampling::GREEDY, 0.99).token, 1);
     }
 }
