@@ -88,7 +88,7 @@ impl<'a> Batch<'a> {
                 let source = self.sources.as_ref().map_or(row, |sources| sources[row] as usize);
                 let logits = &self.logits[source * self.vocabulary..][..self.vocabulary];
                 let uniform = self.streams[reply].uniform(u64::from(self.lengths[reply]));
-                draw(logits, sampling, uniform, &mut Vec::new())
+                draw(logits, sampling, uniform)
             })
             .collect()
     }
