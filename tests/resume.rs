@@ -10,8 +10,8 @@ use command::{refuses, rpt, stderr, stdout};
 use rpt::model::{Decoder, Dtype};
 use rpt::random::Stream;
 use run::{
-    STAGES, TINY, Workplace, assert_same_result, checkpoints, flip, json, metrics, newest, rollouts,
-    snapshot, succeeded, weights,
+    STAGES, TINY, Workplace, assert_same_result, checkpoints, flip, json, metrics, newest, optimizer_state,
+    rollouts, snapshot, succeeded, weights,
 };
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -342,6 +342,35 @@ fn an_exported_model_is_the_newest_checkpoint() {
         }
         assert!(tensors.tensor(&parameter.name).unwrap().data() == ours, "{}", parameter.name);
     }
+}
+
+#[test]
+fn a_running_average_is_exported_from_the_stage_that_keeps_one() {
+    let (place, _) = place();
+    let (whole, out) = (place.path("whole"), place.path("average"));
+    succeeded(&rpt([Path::new("export"), &whole, Path::new("--average"), Path::new("--out"), &out]));
+    let averaged = Decoder::load(&out).unwrap();
+    let newest = newest(&whole, "train");
+    let (last, state) = (fs::read(weights(&newest)).unwrap(), fs::read(optimizer_state(&newest)).unwrap());
+    let last = safetensors::SafeTensors::deserialize(&last).unwrap();
+    let state = safetensors::SafeTensors::deserialize(&state).unwrap();
+    let parameters = averaged.parameters();
+    let mut moved = 0;
+    for parameter in averaged.layout().parameters() {
+        let ours: Vec<u8> =
+            parameters[parameter.range.clone()].iter().flat_map(|x| x.to_le_bytes()).collect();
+        if let Ok(average) = state.tensor(&format!("{}.ema", parameter.name)) {
+            assert!(average.data() == ours, "{}", parameter.name);
+            moved += usize::from(last.tensor(&parameter.name).unwrap().data() != ours);
+        }
+    }
+    assert!(moved > 5, "{moved}");
+    let card = fs::read_to_string(out.join("README.md")).unwrap();
+    assert!(card.contains("Running average of the parameters of stage `train`"), "{card}");
+    let (none, stage) = (place.path("none"), ["--average", "--stage", "pretrain"].map(Path::new));
+    let command = [Path::new("export"), &whole, Path::new("--out"), &none].into_iter().chain(stage);
+    refuses(&rpt(command), 1, &["stage pretrain has kept no average", "hint: ", "ema_decay"]);
+    assert!(!none.exists());
 }
 
 #[test]

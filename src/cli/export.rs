@@ -31,6 +31,10 @@ pub(super) struct Arguments {
     /// Write the low-rank adapter alone, as a PEFT directory, instead of the merged model
     #[arg(long, conflicts_with_all = ["dtype", "shard_bytes"])]
     adapter: bool,
+    /// Write the running average of the parameters instead of the last ones: of a stage whose optimizer has
+    /// `ema_decay`
+    #[arg(long)]
+    average: bool,
 }
 
 impl Arguments {
@@ -44,6 +48,7 @@ impl Arguments {
             dtype: self.dtype,
             shard_bytes: self.shard_bytes,
             adapter: self.adapter,
+            average: self.average,
         };
         run.export(&partial, &options)?;
         fs::rename(&partial, &self.out).with_context(|| format!("cannot write {}", self.out.display()))?;

@@ -241,6 +241,9 @@ pub struct OptimizerConfig {
     /// For a model on a device: keep parameters and moments in the machine's memory, and let its processors
     /// make the updates. The device holds weights and gradients alone.
     pub offload: bool,
+    /// Decay of a running average of the parameters, `a = decay a + (1 - decay) p` after every update, which checkpoints
+    /// hold and `rpt export --average` writes (0 = none).
+    pub ema_decay: f32,
 }
 
 impl Default for OptimizerConfig {
@@ -260,6 +263,7 @@ impl Default for OptimizerConfig {
             final_share: 0.05,
             moments: Dtype::F32,
             offload: false,
+            ema_decay: 0.0,
         }
     }
 }

@@ -453,6 +453,12 @@ fn validate_optimizer(optimizer: &OptimizerConfig, key: &'static str) -> Check {
         "leave them out for the defaults",
     )?;
     require(
+        (0.0..1.0).contains(&optimizer.ema_decay),
+        key,
+        "ema_decay lies in [0, 1)",
+        "0 keeps no average; 0.999 averages over about the last thousand updates",
+    )?;
+    require(
         share(optimizer.decay_share) && share(optimizer.final_share),
         key,
         "decay_share and final_share lie between 0 and 1",

@@ -76,17 +76,16 @@ impl<'a> Left<'a> {
 /// from the values in `out`.
 pub fn matmul(left: Left, rows: usize, right: &Packed, out: &mut [f32], accumulate: bool) {
     assert_eq!(out.len(), rows * right.columns(), "output shape");
-    matmul_to(
-        left,
-        rows,
-        right,
-        Output { buffer: Disjoint::new(out), first: 0, stride: right.columns() },
-        accumulate,
-    );
+    let out = Output { buffer: Disjoint::new(out), first: 0, stride: right.columns() };
+    // SAFETY: the buffer is borrowed for the time of the call.
+    unsafe { matmul_to(left, rows, right, out, accumulate) }
 }
 
-/// As [`matmul`], to some columns of a wider matrix, which belong to the caller alone.
-pub(super) fn matmul_to(left: Left, rows: usize, right: &Packed, out: Output, accumulate: bool) {
+/// As [`matmul`], to some columns of a wider matrix.
+///
+/// # Safety
+/// These columns are nobody else's during the call, and the buffer outlives it.
+pub(super) unsafe fn matmul_to(left: Left, rows: usize, right: &Packed, out: Output, accumulate: bool) {
     let (inner, columns) = (right.inner(), right.columns());
     left.check(rows, inner);
     let panels_per_task = panels_per_task(&left, rows, columns.div_ceil(LANES));

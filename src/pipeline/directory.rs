@@ -6,7 +6,7 @@ use super::materials::{Vocabulary, initial_decoder};
 use super::prepare::{build_tasks, has_tasks};
 use super::remote::{Scope, commits_of, localize};
 use super::run::{Paths, Run, resolved_text};
-use super::stage::{STAGES, has_checkpoints, read_decoder};
+use super::stage::{STAGES, has_checkpoints, read_average, read_decoder};
 use super::summary::{report_again, tables_of};
 use crate::checkpoint::{CheckpointStore, StoreReport};
 use crate::config::{Loaded, Pipeline, parse};
@@ -146,6 +146,16 @@ impl RunDirectory {
     /// # Errors
     /// As [`RunDirectory::decoder`].
     pub fn model(&self, stage: Option<&str>, step: Option<u64>) -> Result<RunModel, Error> {
+        self.read_model(stage, step, false)
+    }
+
+    /// The same, or the running average of its parameters.
+    pub(super) fn read_model(
+        &self,
+        stage: Option<&str>,
+        step: Option<u64>,
+        average: bool,
+    ) -> Result<RunModel, Error> {
         let missing = |message, hint: String| Error::from(PipelineError::Missing { message, hint });
         if let Some(stage) = stage.filter(|stage| !STAGES.contains(stage)) {
             let hint = format!("stages are {}", STAGES.join(", "));
@@ -154,7 +164,7 @@ impl RunDirectory {
         let main = ["train", "cold_start", "pretrain"];
         let last = || main.into_iter().find(|stage| has_checkpoints(&self.paths, stage));
         let Some(stage) = stage.or_else(last).filter(|stage| has_checkpoints(&self.paths, stage)) else {
-            if stage.is_none() && step.is_none() && self.pipeline.model.path.is_some() {
+            if stage.is_none() && step.is_none() && !average && self.pipeline.model.path.is_some() {
                 let decoder = initial_decoder(&self.local(Scope::Model)?, &self.vocabulary()?)?;
                 return Ok(RunModel { decoder, checkpoint: None });
             }
@@ -171,11 +181,15 @@ impl RunDirectory {
             let hint = format!("its checkpoints are of steps {}", steps.join(", "));
             return Err(missing(format!("stage {stage} has no such checkpoint"), hint));
         };
-        let step = checkpoint.step();
-        Ok(RunModel {
-            decoder: read_decoder(&checkpoint, &self.local(Scope::Model)?)?.0,
-            checkpoint: Some((stage.to_owned(), step)),
-        })
+        let (mut decoder, mut parameters) = read_decoder(&checkpoint, &self.local(Scope::Model)?)?;
+        if average {
+            if !read_average(&checkpoint, decoder.trainable(), &mut parameters)? {
+                let hint = "a stage keeps one whose optimizer has ema_decay, such as 0.999".into();
+                return Err(missing(format!("stage {stage} has kept no average of its parameters"), hint));
+            }
+            decoder.set_parameters(&parameters);
+        }
+        Ok(RunModel { decoder, checkpoint: Some((stage.to_owned(), checkpoint.step())) })
     }
 
     fn identity(&self) -> Result<String, Error> {

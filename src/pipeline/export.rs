@@ -23,11 +23,20 @@ pub struct ExportOptions {
     pub shard_bytes: u64,
     /// Write the adapter alone, as a PEFT directory.
     pub adapter: bool,
+    /// Write the running average of the parameters instead of the last ones.
+    pub average: bool,
 }
 
 impl Default for ExportOptions {
     fn default() -> Self {
-        Self { stage: None, step: None, dtype: None, shard_bytes: SHARD_BYTES, adapter: false }
+        Self {
+            stage: None,
+            step: None,
+            dtype: None,
+            shard_bytes: SHARD_BYTES,
+            adapter: false,
+            average: false,
+        }
     }
 }
 
@@ -55,7 +64,7 @@ impl RunDirectory {
     /// # Errors
     /// When there is no such checkpoint, or a file cannot be read or written.
     pub fn export(&self, directory: &Path, options: &ExportOptions) -> Result<(), Error> {
-        let model = self.model(options.stage.as_deref(), options.step)?;
+        let model = self.read_model(options.stage.as_deref(), options.step, options.average)?;
         if options.adapter && self.pipeline().model.lora.is_none() {
             let message = format!("the models of {} have no adapter", self.path().display());
             let hint = "leave out --adapter: the model itself is exported then".into();
@@ -112,6 +121,7 @@ impl RunDirectory {
             checkpoint: model.checkpoint.clone(),
             parameters: layout.len() as u64,
             adapter: options.adapter,
+            average: options.average,
             dtype: dtype.name(),
             corpus: self.pipeline().corpus.place(),
             tables: self.tables()?,

@@ -82,6 +82,9 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
     let layout = Layout::new(config);
     let (count, dtype) = (layout.len() as u64, pipeline.model.dtype.unwrap_or_default());
     let weights = count * dtype.bytes() as u64;
+    let optimizer = pipeline.train.as_ref().map(|train| train.optimizer.clone()).unwrap_or_default();
+    let (state, averages) =
+        if optimizer.ema_decay > 0.0 { ("moments and averages", 4) } else { ("moments", 0) };
     let held = |what, machine_bytes, device_bytes| Held { what, machine_bytes, device_bytes };
     let tokens = pipeline.run.tokens_per_micro_batch as u64;
     let inputs = tokens * (4 * config.layers * config.hidden_size) as u64;
@@ -92,15 +95,14 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
         return vec![
             held("weights", copies * weights, 0),
             held("parameters", 4 * trained, 0),
-            held("moments", 8 * trained, 0),
+            held(state, (8 + averages) * trained, 0),
             held("gradients", gradients, 0),
             held("activations, if layers are computed again", inputs, 0),
             held("keys and values of 1,000 tokens", 1000 * config.cached_bytes(size_of::<f32>()) as u64, 0),
         ];
     }
-    let optimizer = pipeline.train.as_ref().map(|train| train.optimizer.clone()).unwrap_or_default();
-    let state = 4 * count + 2 * count * optimizer.moments.bytes() as u64;
-    let (here, there) = if optimizer.offload { (state, 0) } else { (0, state) };
+    let bytes = (4 + averages) * count + 2 * count * optimizer.moments.bytes() as u64;
+    let (here, there) = if optimizer.offload { (bytes, 0) } else { (0, bytes) };
     let tape = tokens * config.device_tape_bytes(dtype.bytes()) as u64;
     let cached = match pipeline.rollout.kv_cache {
         CacheFormat::Model => dtype.bytes(),

@@ -8,6 +8,7 @@ use crate::error::Error;
 use crate::model::{Decoder, DecoderConfig, Dtype, Layout};
 use crate::report::MetricsLog;
 use crate::train::Trainer;
+use crate::train::optimizer::ema_name;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::time::Instant;
 
@@ -214,6 +215,23 @@ pub(super) fn read_decoder(
     let parameters = read_parameters(checkpoint, &Layout::new(&config))?;
     let decoder = Decoder::new(config, dtype, &parameters).with_products(pipeline.model.products)?;
     Ok((decoder, parameters))
+}
+
+/// Reads the running average of the parameters, if the checkpoint holds one, and says whether it does.
+pub(super) fn read_average(
+    checkpoint: &crate::checkpoint::Checkpoint,
+    layout: &Layout,
+    parameters: &mut [f32],
+) -> Result<bool, Error> {
+    let state = checkpoint.tensors("optimizer")?;
+    for parameter in layout.parameters() {
+        let name = ema_name(&parameter.name);
+        if state.shape(&name).is_none() {
+            return Ok(false);
+        }
+        state.read_into(&name, &mut parameters[parameter.range.clone()])?;
+    }
+    Ok(true)
 }
 
 fn read_parameters(checkpoint: &crate::checkpoint::Checkpoint, layout: &Layout) -> Result<Vec<f32>, Error> {

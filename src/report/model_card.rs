@@ -21,6 +21,8 @@ pub struct ModelCard {
     pub parameters: u64,
     /// Whether this is a low-rank adapter to be put on the base model.
     pub adapter: bool,
+    /// Whether its parameters are the running average of those that training went through.
+    pub average: bool,
     /// Number format of the weights.
     pub dtype: &'static str,
     /// Where the training text came from.
@@ -59,6 +61,9 @@ impl ModelCard {
         let millions = self.parameters as f64 / 1e6;
         let start = self.base.as_ref().map_or("random weights".into(), |base| format!("`{base}`"));
         let stage = match &self.checkpoint {
+            Some((stage, step)) if self.average => {
+                format!("Running average of the parameters of stage `{stage}` up to step {step}. ")
+            }
             Some((stage, step)) => format!("Checkpoint of stage `{stage}`, step {step}. "),
             None => String::new(),
         };

@@ -19,7 +19,9 @@ impl MachineStore {
         config: &OptimizerConfig,
         total_steps: u64,
     ) -> Result<Self, OptimizerError> {
-        Ok(Self { parameters, optimizer: Optimizer::new(config, groups, total_steps)? })
+        let mut optimizer = Optimizer::new(config, groups, total_steps)?;
+        optimizer.begin_average(&parameters)?;
+        Ok(Self { parameters, optimizer })
     }
 
     /// Updates made so far.

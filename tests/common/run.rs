@@ -13,7 +13,7 @@ pub(crate) const STAGES: [&str; 6] =
     ["pretrain", "cold_start", "train", "continued_ntp", "more_cold_start", "clean_traces"];
 
 /// Seconds of training in which every stage moves the weights and some rollouts earn a reward.
-const SHORT: [&str; 17] = [
+const SHORT: [&str; 18] = [
     "pretrain.steps=40",
     "tasks.max_documents=60",
     "tasks.min_entropy=0.05",
@@ -25,6 +25,7 @@ const SHORT: [&str; 17] = [
     "train.kl_weight=0.05",
     "train.ntp_weight=0.1",
     "train.drop_uniform_groups_from=12",
+    "train.optimizer.ema_decay=0.9",
     "eval.max_documents=6",
     "eval.max_positions=40",
     "eval.resamples=100",
@@ -166,6 +167,10 @@ pub(crate) fn weights(checkpoint: &Path) -> PathBuf {
     checkpoint.join("model-00001-of-00001.safetensors")
 }
 
+pub(crate) fn optimizer_state(checkpoint: &Path) -> PathBuf {
+    checkpoint.join("optimizer-00001-of-00001.safetensors")
+}
+
 /// Flips one bit in the middle of a file.
 pub(crate) fn flip(file: &Path) {
     let mut bytes = fs::read(file).unwrap();
@@ -207,8 +212,7 @@ pub(crate) fn assert_same_result(one: &Path, other: &Path) {
         assert_eq!(name(&last), name(&expected), "{stage}");
         for (last, expected) in last.iter().zip(&expected) {
             same_bytes(&weights(last), &weights(expected));
-            let moments = "optimizer-00001-of-00001.safetensors";
-            same_bytes(&last.join(moments), &expected.join(moments));
+            same_bytes(&optimizer_state(last), &optimizer_state(expected));
         }
     }
     for part in ["eval", "tasks", "tokenizer", "corpus", "ledger.jsonl", "pipeline.toml"] {

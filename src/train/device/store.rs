@@ -2,7 +2,7 @@
 
 use super::super::machine::MachineStore;
 use super::super::optimizer::{
-    AdamwStep, ParameterGroup, ParameterKind, StepStats, check_layout, locate_non_finite,
+    AdamwStep, ParameterGroup, ParameterKind, StepStats, check_layout, ema_name, locate_non_finite,
 };
 use super::super::schedule::learning_rate;
 use super::super::trainer::{TrainError, TrainerState};
@@ -104,6 +104,8 @@ pub(super) struct Resident<M> {
     parameters: Buffer<f32>,
     first_moments: Buffer<M>,
     second_moments: Buffer<M>,
+    /// A running average of the parameters, if one is kept.
+    averages: Option<Buffer<f32>>,
 }
 
 impl<M: Format> Resident<M> {
@@ -115,12 +117,17 @@ impl<M: Format> Resident<M> {
         total_steps: u64,
     ) -> Result<Self, TrainError> {
         check_layout(&groups)?;
+        let averages = match config.ema_decay {
+            0.0 => None,
+            _ => Some(device.upload("the averages", parameters)?),
+        };
         let part = |group: &ParameterGroup| (group.range.clone(), group.kind == ParameterKind::Matrix);
         Ok(Self {
             chunks: Chunks::new(device, &groups.iter().map(part).collect::<Vec<_>>())?,
             parameters: device.upload("the parameters", parameters)?,
             first_moments: device.zeroed("the first moments", parameters.len())?,
             second_moments: device.zeroed("the second moments", parameters.len())?,
+            averages,
             device: device.clone(),
             config: config.clone(),
             groups,
@@ -159,7 +166,7 @@ impl<M: Format> Resident<M> {
             first: SliceMut::from(&mut self.first_moments),
             second: SliceMut::from(&mut self.second_moments),
             weights: Some(SliceMut::from(decoder.weights_mut())),
-            average: None,
+            average: self.averages.as_mut().map(|averages| (SliceMut::from(averages), self.config.ema_decay)),
         };
         Ok(optimizer::adamw(&self.device, &self.chunks, &step, clip, Slice::from(gradients), state)?)
     }
@@ -182,6 +189,10 @@ impl<M: Format> Resident<M> {
                 let values = values.into_iter().map(Format::widen).collect();
                 optimizer.push((format!("{}.{part}", group.name), Cow::Owned(values)));
             }
+            if let Some(averages) = &self.averages {
+                let values = averages.slice(group.range.clone())?.download()?;
+                optimizer.push((ema_name(&group.name), Cow::Owned(values)));
+            }
         }
         let parameters = Cow::Owned(self.parameters.download()?);
         Ok(TrainerState { parameters, optimizer, updates: self.updates })
@@ -202,6 +213,11 @@ impl<M: Format> Resident<M> {
                 let stored: Vec<M> = values.iter().map(|value| M::narrow(*value)).collect();
                 let slice = moments.slice_mut(group.range.clone());
                 slice.and_then(|mut slice| slice.upload(&stored)).map_err(TrainError::from)?;
+            }
+            if let Some(averages) = &mut self.averages {
+                read(&ema_name(&group.name), &mut values)?;
+                let slice = averages.slice_mut(group.range.clone());
+                slice.and_then(|mut slice| slice.upload(&values)).map_err(TrainError::from)?;
             }
         }
         Ok(())

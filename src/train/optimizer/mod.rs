@@ -7,9 +7,12 @@
 //! Weight decay is decoupled and applies to [`ParameterKind::Matrix`] alone: embeddings have none
 //! because a token that a step does not meet must not fade, and neither have norms and biases.
 //!
+//! With `ema_decay`, a running average follows the parameters: a = decay a + (1 - decay) p after every
+//! update, beginning with the parameters before the first (Polyak & Juditsky, doi 10.1137/0330046, with a window).
+//!
 //! Results do not depend on the number of threads: every sum runs in a fixed order. Memory is two
-//! floats per parameter under AdamW and one under Muon, plus, for each thread at work on a
-//! matrix, a few copies of that matrix.
+//! floats per parameter under AdamW and one under Muon, one more for the average, plus, for each
+//! thread at work on a matrix, a few copies of that matrix.
 
 mod adamw;
 mod muon;
@@ -131,6 +134,8 @@ pub struct Optimizer {
 struct Group {
     layout: ParameterGroup,
     rule: Rule,
+    /// A running average of the parameter; empty where none is kept.
+    average: Vec<f32>,
 }
 
 #[derive(Clone, Debug)]
@@ -155,7 +160,21 @@ impl Optimizer {
         Ok(Self { config: config.clone(), groups, total_steps, step_count: 0 })
     }
 
-    /// One update of all parameters.
+    /// Begins the running average, if one is kept, with these parameters.
+    ///
+    /// # Errors
+    /// When their number is another.
+    pub fn begin_average(&mut self, parameters: &[f32]) -> Result<(), OptimizerError> {
+        self.check_length("the parameter slice", parameters.len())?;
+        if self.config.ema_decay > 0.0 {
+            for group in &mut self.groups {
+                group.average = parameters[group.layout.range.clone()].to_vec();
+            }
+        }
+        Ok(())
+    }
+
+    /// One update of all parameters, which their average follows.
     ///
     /// Gradients whose global norm exceeds `max_grad_norm` are scaled by
     /// `max_grad_norm / (norm + 1e-6)`, as PyTorch does.
@@ -181,6 +200,7 @@ impl Optimizer {
     fn update(&mut self, parameters: &mut [f32], gradients: &[f32], learning_rate: f32, scale: f32) {
         let adamw = AdamwStep::new(&self.config, learning_rate, scale, self.step_count);
         let muon = MuonStep::new(&self.config, learning_rate, scale);
+        let decay = self.config.ema_decay;
         split(&mut self.groups, parameters).into_par_iter().for_each(|(group, parameters)| {
             let gradients = &gradients[group.layout.range.clone()];
             let decayed = group.layout.kind == ParameterKind::Matrix;
@@ -188,6 +208,7 @@ impl Optimizer {
                 Rule::Adamw(state) => state.step(&adamw, decayed, parameters, gradients),
                 Rule::Muon(state) => state.step(&muon, parameters, gradients),
             }
+            follow(&mut group.average, parameters, decay);
         });
     }
 
@@ -202,7 +223,8 @@ impl Optimizer {
     }
 
     /// The state to save, by name, in the order of the groups: `NAME.first_moment` and
-    /// `NAME.second_moment`, or `NAME.momentum`, each as long as its parameter.
+    /// `NAME.second_moment`, or `NAME.momentum`, and [`ema_name`] where an average is kept, each as long
+    /// as its parameter.
     pub fn state(&self) -> Vec<(String, &[f32])> {
         let named = |group: &Group, part: &str| format!("{}.{part}", group.layout.name);
         let mut state: Vec<(String, &[f32])> = Vec::new();
@@ -214,6 +236,9 @@ impl Optimizer {
                 }
                 Rule::Muon(rule) => state.push((named(group, "momentum"), &rule.momentum)),
             }
+            if !group.average.is_empty() {
+                state.push((ema_name(&group.layout.name), &group.average));
+            }
         }
         state
     }
@@ -221,13 +246,16 @@ impl Optimizer {
     /// The same state, to be filled on resuming.
     pub fn state_mut(&mut self) -> Vec<(String, &mut [f32])> {
         let mut state: Vec<(String, &mut [f32])> = Vec::new();
-        for Group { layout, rule } in &mut self.groups {
+        for Group { layout, rule, average } in &mut self.groups {
             match rule {
                 Rule::Adamw(rule) => {
                     state.push((format!("{}.first_moment", layout.name), &mut rule.first_moment));
                     state.push((format!("{}.second_moment", layout.name), &mut rule.second_moment));
                 }
                 Rule::Muon(rule) => state.push((format!("{}.momentum", layout.name), &mut rule.momentum)),
+            }
+            if !average.is_empty() {
+                state.push((ema_name(&layout.name), average));
             }
         }
         state
@@ -247,8 +275,22 @@ impl Group {
             }
             _ => Rule::Adamw(Adamw::new(layout.range.len())),
         };
-        Self { layout, rule }
+        Self { layout, rule, average: Vec::new() }
     }
+}
+
+/// Name of a parameter's running average in the state.
+pub fn ema_name(parameter: &str) -> String {
+    format!("{parameter}.ema")
+}
+
+/// Moves an average, if there is one, towards the values.
+fn follow(average: &mut [f32], values: &[f32], decay: f32) {
+    average.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(average, values)| {
+        for (average, value) in average.iter_mut().zip(values) {
+            *average = decay * *average + (1.0 - decay) * value;
+        }
+    });
 }
 
 /// Describes the first element that is not finite. There is one when the norm is not finite:
@@ -380,14 +422,19 @@ mod tests {
     #[test]
     fn a_restored_optimizer_goes_on_bit_for_bit() {
         for kind in [OptimizerKind::Adamw, OptimizerKind::Muon] {
-            let mut whole = Optimizer::new(&config(kind), layout(), 6).unwrap();
-            let mut expected = noise(LENGTH, 77);
+            let config = OptimizerConfig { ema_decay: 0.9, ..config(kind) };
+            let new = || {
+                let mut optimizer = Optimizer::new(&config, layout(), 6).unwrap();
+                optimizer.begin_average(&noise(LENGTH, 77)).unwrap();
+                optimizer
+            };
+            let (mut whole, mut expected) = (new(), noise(LENGTH, 77));
             train(&mut whole, &mut expected, 0..6);
 
-            let mut first = Optimizer::new(&config(kind), layout(), 6).unwrap();
+            let mut first = new();
             let mut parameters = noise(LENGTH, 77);
             train(&mut first, &mut parameters, 0..3);
-            let mut second = Optimizer::new(&config(kind), layout(), 6).unwrap();
+            let mut second = new();
             for ((name, saved), (restored, slot)) in first.state().into_iter().zip(second.state_mut()) {
                 assert_eq!(name, restored);
                 slot.copy_from_slice(saved);
@@ -395,6 +442,7 @@ mod tests {
             second.set_step_count(first.step_count());
             train(&mut second, &mut parameters, 3..6);
             assert_eq!(parameters, expected);
+            assert_eq!(second.state(), whole.state());
             assert_eq!(second.step_count(), 6);
         }
     }
@@ -413,6 +461,31 @@ mod tests {
             ("down.momentum", 480),
         ];
         assert_eq!(names, expected.map(|(name, length)| (name.to_string(), length)));
+    }
+
+    #[test]
+    fn the_average_is_a_weighted_sum_of_all_parameters_that_were() {
+        for kind in [OptimizerKind::Adamw, OptimizerKind::Muon] {
+            let config = OptimizerConfig { ema_decay: 0.75, ..config(kind) };
+            let mut optimizer = Optimizer::new(&config, layout(), 4).unwrap();
+            let mut parameters = noise(LENGTH, 77);
+            optimizer.begin_average(&parameters).unwrap();
+            let mut were = vec![parameters.clone()];
+            for step in 0..4 {
+                optimizer.step(&mut parameters, &noise(LENGTH, step)).unwrap();
+                were.push(parameters.clone());
+            }
+            // Of five: the start with 0.75^4, then 0.25 0.75^(4 - k).
+            let weights = [0.316_406_25, 0.105_468_75, 0.140_625, 0.1875, 0.25];
+            let state: std::collections::BTreeMap<_, _> = optimizer.state().into_iter().collect();
+            for group in layout() {
+                let average = state[&ema_name(&group.name)];
+                for (at, average) in group.range.zip(average) {
+                    let exact: f64 = were.iter().zip(weights).map(|(were, w)| w * f64::from(were[at])).sum();
+                    assert!((f64::from(*average) - exact).abs() < 1e-6, "{}: {average} {exact}", group.name);
+                }
+            }
+        }
     }
 
     #[test]
