@@ -367,6 +367,7 @@ fn a_running_average_is_exported_from_the_stage_that_keeps_one() {
     assert!(moved > 5, "{moved}");
     let card = fs::read_to_string(out.join("README.md")).unwrap();
     assert!(card.contains("Running average of the parameters of stage `train`"), "{card}");
+    assert!(!card.contains("## Evaluation"), "what was measured with other weights: {card}");
     let (none, stage) = (place.path("none"), ["--average", "--stage", "pretrain"].map(Path::new));
     let command = [Path::new("export"), &whole, Path::new("--out"), &none].into_iter().chain(stage);
     refuses(&rpt(command), 1, &["stage pretrain has kept no average", "hint: ", "ema_decay"]);

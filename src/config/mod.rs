@@ -242,7 +242,8 @@ pub struct OptimizerConfig {
     /// make the updates. The device holds weights and gradients alone.
     pub offload: bool,
     /// Decay of a running average of the parameters, `a = decay a + (1 - decay) p` after every update, which checkpoints
-    /// hold and `rpt export --average` writes (0 = none).
+    /// hold and `rpt export --average` writes (0 = none). It begins with the stage's first parameters, which after n
+    /// updates still weigh `decay^n`, and is kept in single precision; of an adapter, its factors are averaged.
     pub ema_decay: f32,
 }
 

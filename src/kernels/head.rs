@@ -75,7 +75,7 @@ impl PackedHead {
         let (buffer, stride) = (Disjoint::new(out), self.vocabulary);
         for_each_item(self.blocks.len(), true, |at| {
             let out = Output { buffer, first: at * BLOCK, stride };
-            // SAFETY: the entries of this block are this item's alone, and the buffer is borrowed.
+            // SAFETY: the entries of this block are this item's alone, the buffer is borrowed, and rows hold all blocks.
             unsafe { matmul_to(Left::rows(hidden, self.hidden), rows, &self.blocks[at], out, false) }
         });
     }

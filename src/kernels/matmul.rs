@@ -77,14 +77,14 @@ impl<'a> Left<'a> {
 pub fn matmul(left: Left, rows: usize, right: &Packed, out: &mut [f32], accumulate: bool) {
     assert_eq!(out.len(), rows * right.columns(), "output shape");
     let out = Output { buffer: Disjoint::new(out), first: 0, stride: right.columns() };
-    // SAFETY: the buffer is borrowed for the time of the call.
+    // SAFETY: the buffer is borrowed for the time of the call; its rows are as long as there are columns.
     unsafe { matmul_to(left, rows, right, out, accumulate) }
 }
 
 /// As [`matmul`], to some columns of a wider matrix.
 ///
 /// # Safety
-/// These columns are nobody else's during the call, and the buffer outlives it.
+/// These columns are nobody else's during the call, the buffer outlives it, and its rows are at least as long as `right` has columns.
 pub(super) unsafe fn matmul_to(left: Left, rows: usize, right: &Packed, out: Output, accumulate: bool) {
     let (inner, columns) = (right.inner(), right.columns());
     left.check(rows, inner);

@@ -124,7 +124,8 @@ impl RunDirectory {
             average: options.average,
             dtype: dtype.name(),
             corpus: self.pipeline().corpus.place(),
-            tables: self.tables()?,
+            // They were measured with the last parameters.
+            tables: if options.average { Vec::new() } else { self.tables()? },
             recipe: resolved_text(self.pipeline())?,
         })
     }

@@ -83,8 +83,12 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
     let (count, dtype) = (layout.len() as u64, pipeline.model.dtype.unwrap_or_default());
     let weights = count * dtype.bytes() as u64;
     let optimizer = pipeline.train.as_ref().map(|train| train.optimizer.clone()).unwrap_or_default();
-    let (state, averages) =
-        if optimizer.ema_decay > 0.0 { ("moments and averages", 4) } else { ("moments", 0) };
+    let averaged = [
+        pipeline.pretrain.as_ref().map(|stage| &stage.optimizer),
+        pipeline.cold_start.as_ref().map(|stage| &stage.optimizer),
+        pipeline.train.as_ref().map(|stage| &stage.optimizer),
+    ];
+    let averages = if averaged.iter().flatten().any(|optimizer| optimizer.ema_decay > 0.0) { 4 } else { 0 };
     let held = |what, machine_bytes, device_bytes| Held { what, machine_bytes, device_bytes };
     let tokens = pipeline.run.tokens_per_micro_batch as u64;
     let inputs = tokens * (4 * config.layers * config.hidden_size) as u64;
@@ -95,7 +99,7 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
         return vec![
             held("weights", copies * weights, 0),
             held("parameters", 4 * trained, 0),
-            held(state, (8 + averages) * trained, 0),
+            held("moments, and averages where kept", (8 + averages) * trained, 0),
             held("gradients", gradients, 0),
             held("activations, if layers are computed again", inputs, 0),
             held("keys and values of 1,000 tokens", 1000 * config.cached_bytes(size_of::<f32>()) as u64, 0),
@@ -111,7 +115,7 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
     vec![
         held("weights", weights, weights),
         held("gradients", 0, 4 * count),
-        held("parameters and moments", here, there),
+        held("parameters and moments, and averages where kept", here, there),
         held("activations of a micro-batch", 0, tape),
         held("activations, if layers are computed again", 0, inputs),
         held("keys and values of 1,000 tokens", 0, 1000 * config.cached_bytes(cached) as u64),
