@@ -167,7 +167,7 @@ fn truncate(weights: &[f32], sampling: &Sampling, ids: &mut Vec<u32>) {
         if surviving < count {
             break;
         }
-        at_once *= 8;
+        at_once *= 64;
     }
     ids.truncate(kept.max(1));
 }
