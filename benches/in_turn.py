@@ -30,6 +30,12 @@ def figures(command):
     sys.exit(f"error: `{command}` printed no JSON object")
 
 
+def figure(found, key):
+    if key not in found:
+        sys.exit(f"error: there is no figure `{key}` among {', '.join(found)}")
+    return float(found[key])
+
+
 def spread(values):
     return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
 
@@ -51,8 +57,8 @@ def main():
         print(f"pair {run + 1} of {arguments.runs}", file=sys.stderr)
     for key in arguments.key:
         first, _, second = key.partition(":")
-        ours = [float(pair[0][first]) for pair in pairs]
-        theirs = [float(pair[1][second or first]) for pair in pairs]
+        ours = [figure(pair[0], first) for pair in pairs]
+        theirs = [figure(pair[1], second or first) for pair in pairs]
         if arguments.more:
             ratios, ratio = [a / b for a, b in zip(ours, theirs)], statistics.median(ours) / statistics.median(theirs)
         else:

@@ -99,7 +99,7 @@ pub struct Tile {
 }
 
 impl Tile {
-    /// Cuts queries that share a prefix into tiles of a good size, in memory of `spare` ones.
+    /// Cuts queries that share a prefix into `tiles` of a good size, whose pieces stand in the memory of `spare` ones.
     pub fn cut(
         tree: usize,
         prefix: &Arc<[Extent]>,

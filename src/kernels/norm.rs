@@ -6,7 +6,7 @@ use super::simd::multiversion;
 use rayon::prelude::*;
 
 /// Rows that a task works on, and whose weight gradients are summed together.
-const ROWS_PER_TASK: usize = 64;
+pub const ROWS_PER_TASK: usize = 64;
 
 multiversion! {
     /// `out = x * scale * weight` for one row.

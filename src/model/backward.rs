@@ -15,9 +15,6 @@ use rayon::prelude::*;
 use std::mem::take;
 use std::ops::Range;
 
-/// Rows whose gradients of the weights of queries' and keys' norms are summed together.
-const QK_NORM_ROWS_PER_TASK: usize = 64;
-
 /// Buffers of the backward pass, kept between calls.
 #[derive(Debug, Default)]
 pub(super) struct BackwardBuffers {
@@ -310,7 +307,7 @@ impl Decoder {
     /// of the norms' weights are summed by runs of rows, then in the runs' order.
     fn qk_norms_backward(&self, layer: usize, before: &[f32], grads: &mut [f32], sink: &mut Sink) {
         let (weights, at) = (&self.weights.layers[layer], &self.layout().layers[layer]);
-        let run = QK_NORM_ROWS_PER_TASK * self.config().qkv_width();
+        let run = norm::ROWS_PER_TASK * self.config().qkv_width();
         let runs = before.par_chunks(run).zip(grads.par_chunks_mut(run));
         let parts: Vec<[Vec<f32>; 2]> =
             runs.map(|(before, grads)| self.qk_norms_backward_rows(weights, before, grads)).collect();

@@ -82,7 +82,6 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
     let layout = Layout::new(config);
     let (count, dtype) = (layout.len() as u64, pipeline.model.dtype.unwrap_or_default());
     let weights = count * dtype.bytes() as u64;
-    let optimizer = pipeline.train.as_ref().map(|train| train.optimizer.clone()).unwrap_or_default();
     let averaged = [
         pipeline.pretrain.as_ref().map(|stage| &stage.optimizer),
         pipeline.cold_start.as_ref().map(|stage| &stage.optimizer),
@@ -105,6 +104,7 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
             held("keys and values of 1,000 tokens", 1000 * config.cached_bytes(size_of::<f32>()) as u64, 0),
         ];
     }
+    let optimizer = pipeline.train.as_ref().map(|train| train.optimizer.clone()).unwrap_or_default();
     let bytes = (4 + averages) * count + 2 * count * optimizer.moments.bytes() as u64;
     let (here, there) = if optimizer.offload { (bytes, 0) } else { (0, bytes) };
     let tape = tokens * config.device_tape_bytes(dtype.bytes()) as u64;

@@ -167,6 +167,7 @@ fn truncate(weights: &[f32], sampling: &Sampling, ids: &mut Vec<u32>) {
         if surviving < count {
             break;
         }
+        // Steeply: a vocabulary that survives whole is gone through three times, not once for every few.
         at_once *= 64;
     }
     ids.truncate(kept.max(1));
