@@ -36,6 +36,11 @@ def figure(found, key):
     return float(found[key])
 
 
+def compared(pair, key):
+    first, _, second = key.partition(":")
+    return figure(pair[0], first), figure(pair[1], second or first)
+
+
 def spread(values):
     return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
 
@@ -54,16 +59,16 @@ def main():
         order = (0, 1) if run % 2 == 0 else (1, 0)
         found = {which: figures(commands[which]) for which in order}
         pairs.append((found[0], found[1]))
+        for key in arguments.key:
+            compared(pairs[-1], key)
         print(f"pair {run + 1} of {arguments.runs}", file=sys.stderr)
     for key in arguments.key:
-        first, _, second = key.partition(":")
-        ours = [figure(pair[0], first) for pair in pairs]
-        theirs = [figure(pair[1], second or first) for pair in pairs]
+        ours, theirs = zip(*(compared(pair, key) for pair in pairs))
         if arguments.more:
             ratios, ratio = [a / b for a, b in zip(ours, theirs)], statistics.median(ours) / statistics.median(theirs)
         else:
             ratios, ratio = [b / a for a, b in zip(ours, theirs)], statistics.median(theirs) / statistics.median(ours)
-        print(f"{first}: {spread(ours)} against {spread(theirs)}: {ratio:.2f}, of pairs {spread(ratios)}")
+        print(f"{key}: {spread(ours)} against {spread(theirs)}: {ratio:.2f}, of pairs {spread(ratios)}")
 
 
 if __name__ == "__main__":

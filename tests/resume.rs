@@ -359,10 +359,13 @@ fn a_running_average_is_exported_from_the_stage_that_keeps_one() {
     for parameter in averaged.layout().parameters() {
         let ours: Vec<u8> =
             parameters[parameter.range.clone()].iter().flat_map(|x| x.to_le_bytes()).collect();
-        if let Ok(average) = state.tensor(&format!("{}.ema", parameter.name)) {
-            assert!(average.data() == ours, "{}", parameter.name);
-            moved += usize::from(last.tensor(&parameter.name).unwrap().data() != ours);
+        // What makes a Llama of the Qwen2 that was trained.
+        if parameter.name.ends_with("o_proj.bias") {
+            continue;
         }
+        let average = state.tensor(&format!("{}.ema", parameter.name)).unwrap();
+        assert!(average.data() == ours, "{}", parameter.name);
+        moved += usize::from(last.tensor(&parameter.name).unwrap().data() != ours);
     }
     assert!(moved > 5, "{moved}");
     let card = fs::read_to_string(out.join("README.md")).unwrap();

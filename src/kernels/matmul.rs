@@ -353,7 +353,7 @@ pub(super) struct Operands<'a, T = f32> {
     pub(super) panel_stride: usize,
 }
 
-/// Where tiles of an [`Output`] go, once their range is checked: element (row, lane) of panel p at `row * stride + p * 16 + lane`.
+/// Where tiles go, once their range is checked: element (row, lane) of panel p at `row * stride + p * 16 + lane`.
 #[derive(Clone, Copy)]
 struct Target {
     first: *mut f32,

@@ -184,7 +184,8 @@ impl RunDirectory {
         let (mut decoder, mut parameters) = read_decoder(&checkpoint, &self.local(Scope::Model)?)?;
         if average {
             if !read_average(&checkpoint, decoder.trainable(), &mut parameters)? {
-                let hint = "a stage keeps one whose optimizer has ema_decay, such as 0.999".into();
+                let hint =
+                    "a stage whose optimizer has ema_decay keeps one; --stage names another stage".into();
                 return Err(missing(format!("stage {stage} has kept no average of its parameters"), hint));
             }
             decoder.set_parameters(&parameters);

@@ -2,7 +2,7 @@
 
 use super::materials::check_lengths;
 use super::remote::{Commits, Scope, localize};
-use crate::config::{CacheFormat, Loaded, Pipeline, PolicyRecipe};
+use crate::config::{CacheFormat, Loaded, OptimizerConfig, Pipeline, PolicyRecipe};
 use crate::error::Error;
 use crate::model::{DecoderConfig, DeviceName, Layout};
 use crate::report::Log;
@@ -82,12 +82,16 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
     let layout = Layout::new(config);
     let (count, dtype) = (layout.len() as u64, pipeline.model.dtype.unwrap_or_default());
     let weights = count * dtype.bytes() as u64;
-    let averaged = [
+    let optimizers: Vec<&OptimizerConfig> = [
         pipeline.pretrain.as_ref().map(|stage| &stage.optimizer),
         pipeline.cold_start.as_ref().map(|stage| &stage.optimizer),
         pipeline.train.as_ref().map(|stage| &stage.optimizer),
-    ];
-    let averages = if averaged.iter().flatten().any(|optimizer| optimizer.ema_decay > 0.0) { 4 } else { 0 };
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    let averaged = optimizers.iter().any(|optimizer| optimizer.ema_decay > 0.0);
+    let average = if averaged { 4 } else { 0 };
     let held = |what, machine_bytes, device_bytes| Held { what, machine_bytes, device_bytes };
     let tokens = pipeline.run.tokens_per_micro_batch as u64;
     let inputs = tokens * (4 * config.layers * config.hidden_size) as u64;
@@ -98,15 +102,21 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
         return vec![
             held("weights", copies * weights, 0),
             held("parameters", 4 * trained, 0),
-            held("moments, and averages where kept", (8 + averages) * trained, 0),
+            held(if averaged { "moments and average" } else { "moments" }, (8 + average) * trained, 0),
             held("gradients", gradients, 0),
             held("activations, if layers are computed again", inputs, 0),
             held("keys and values of 1,000 tokens", 1000 * config.cached_bytes(size_of::<f32>()) as u64, 0),
         ];
     }
-    let optimizer = pipeline.train.as_ref().map(|train| train.optimizer.clone()).unwrap_or_default();
-    let bytes = (4 + averages) * count + 2 * count * optimizer.moments.bytes() as u64;
-    let (here, there) = if optimizer.offload { (bytes, 0) } else { (0, bytes) };
+    let bytes = |optimizer: &OptimizerConfig| {
+        let average = if optimizer.ema_decay > 0.0 { 4 } else { 0 };
+        (4 + average) * count + 2 * count * optimizer.moments.bytes() as u64
+    };
+    // Stages follow one another: each place must have room for the one that takes most of it.
+    let most = |offload| {
+        optimizers.iter().filter(|optimizer| optimizer.offload == offload).map(|&one| bytes(one)).max()
+    };
+    let (here, there) = (most(true).unwrap_or(0), most(false).unwrap_or(0));
     let tape = tokens * config.device_tape_bytes(dtype.bytes()) as u64;
     let cached = match pipeline.rollout.kv_cache {
         CacheFormat::Model => dtype.bytes(),
@@ -115,7 +125,11 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
     vec![
         held("weights", weights, weights),
         held("gradients", 0, 4 * count),
-        held("parameters and moments, and averages where kept", here, there),
+        held(
+            if averaged { "parameters, moments and average" } else { "parameters and moments" },
+            here,
+            there,
+        ),
         held("activations of a micro-batch", 0, tape),
         held("activations, if layers are computed again", 0, inputs),
         held("keys and values of 1,000 tokens", 0, 1000 * config.cached_bytes(cached) as u64),

@@ -282,7 +282,7 @@ struct Pass {
     extensions: Vec<Extension>,
     complete: Vec<Complete>,
     /// Rows behind which tokens are drawn.
-    ends: Vec<usize>,
+    last_rows: Vec<usize>,
 }
 
 impl Pass {
@@ -291,7 +291,7 @@ impl Pass {
         self.ids.clear();
         self.extensions.clear();
         self.complete.clear();
-        self.ends.clear();
+        self.last_rows.clear();
     }
 
     fn add(&mut self, node: NodeId, ids: &[u32], cache: &mut KvCache) {
@@ -440,13 +440,13 @@ impl<'a, 'p> Lane<'a, 'p> {
 
     /// Runs a pass with so many replies, draws their next tokens and the first ones of replies that begin.
     fn compute(&mut self, pass: &mut Pass, replies: usize) -> Result<(), ModelError> {
-        let Pass { ids, extensions, complete, ends } = pass;
+        let Pass { ids, extensions, complete, last_rows } = pass;
         let decoder = self.engine.decoder;
         if !ids.is_empty() {
             decoder.forward(ids, extensions, &mut self.cache, &mut self.workspace, None)?;
         }
-        ends.extend((0..replies).chain(complete.iter().map(|prompt| prompt.row)));
-        let mut states = decoder.hidden(&self.workspace, ends);
+        last_rows.extend((0..replies).chain(complete.iter().map(|prompt| prompt.row)));
+        let mut states = decoder.hidden(&self.workspace, last_rows);
         let width = decoder.config().hidden_size;
         let of_prompts = states.split_off(replies * width);
         for (Complete { prompt, node, .. }, state) in complete.drain(..).zip(of_prompts.chunks_exact(width)) {

@@ -44,11 +44,11 @@ pub struct Draw {
     pub sampling_logprob: f32,
 }
 
-/// Of the tokens that truncation leaves, how many are sorted at first.
+/// How many of the most probable tokens truncation sorts at first.
 const SORTED_FIRST: usize = 64;
 
 thread_local! {
-    /// Weights of a whole vocabulary, and the tokens that truncation leaves of it.
+    /// Weights of a whole vocabulary, and its tokens while truncation chooses among them.
     static SCRATCH: RefCell<(Vec<f32>, Vec<u32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
 }
 
@@ -143,6 +143,8 @@ fn truncate(weights: &[f32], sampling: &Sampling, ids: &mut Vec<u32>) {
     if sampling.top_k > 0 && sampling.top_k < ids.len() {
         ids.select_nth_unstable_by(sampling.top_k, order);
         ids.truncate(sampling.top_k);
+        // The mass below is summed in an order of our own, not in one that the selection leaves.
+        ids.sort_unstable();
     }
     let limit = match sampling.top_p {
         ..1.0 => f64::from(sampling.top_p) * ids.iter().map(|id| f64::from(weight(id))).sum::<f64>(),
@@ -238,6 +240,8 @@ mod tests {
             (0, 0.001, 0.0),
             (0, 0.02, 0.0),
             (0, 0.9, 0.0),
+            (0, 0.999, 0.0),
+            (0, 1.0, 1e-6),
             (700, 1.0, 0.0),
             (700, 0.5, 0.0),
             (0, 1.0, 0.9),

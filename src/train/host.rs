@@ -18,10 +18,10 @@ use rayon::prelude::*;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-/// Gradient buffers that micro-batches are spread over, whatever the number of threads.
+/// Gradient buffers that micro-batches are spread over at most, whatever the number of threads.
 const LANES: usize = 4;
-/// Parameters above which one gradient buffer serves, with parallelism inside each operation.
-const LANES_UP_TO: usize = 16 << 20;
+/// Bytes of gradient buffers beyond which fewer serve, with more parallelism inside each operation.
+const LANE_BYTES: usize = 256 << 20;
 
 /// Bytes of activations that all gradient lanes may hold unless a caller says otherwise.
 const ACTIVATION_BYTES: u64 = 2 << 30;
@@ -109,7 +109,7 @@ impl HostTrainer {
 
     /// Gradient buffers for a number of parameters.
     pub(super) fn gradient_buffers(parameters: usize) -> usize {
-        if parameters <= LANES_UP_TO { LANES } else { 1 }
+        (LANE_BYTES / (size_of::<f32>() * parameters.max(1))).clamp(1, LANES)
     }
 
     pub(super) fn state(&self) -> TrainerState<'_> {

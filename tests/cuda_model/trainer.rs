@@ -282,6 +282,32 @@ fn moments_of_bf16_and_offloaded_ones_move_the_weights_alike() {
 }
 
 #[test]
+fn an_average_follows_the_parameters_wherever_they_lie() {
+    let kept = OptimizerConfig { ema_decay: 0.75, ..config() };
+    let others = [
+        OptimizerConfig { moments: Dtype::Bf16, ..kept.clone() },
+        OptimizerConfig { offload: true, ..kept.clone() },
+    ];
+    for config in others.into_iter().chain([kept]) {
+        let start = decoder(1, Dtype::Bf16);
+        let mut expected = start.parameters();
+        let mut trainer = Trainer::new(start.on(Some(&settings())), &config, 10).unwrap();
+        for _ in 0..2 {
+            update(&mut trainer, None).unwrap();
+            let state = trainer.state().unwrap();
+            for (average, now) in expected.iter_mut().zip(state.parameters.iter()) {
+                *average = 0.75 * *average + 0.25 * now;
+            }
+            let averages = state.optimizer.iter().filter(|(name, _)| name.ends_with(".ema"));
+            let found: Vec<f32> = averages.flat_map(|(_, values)| values.to_vec()).collect();
+            assert_eq!(found.len(), expected.len());
+            let apart = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(apart < 1e-6, "{config:?}: {apart}");
+        }
+    }
+}
+
+#[test]
 fn muon_runs_where_it_is_offloaded() {
     let config = OptimizerConfig { kind: OptimizerKind::Muon, offload: true, ..config() };
     let start = decoder(0, Dtype::F32);

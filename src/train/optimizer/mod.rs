@@ -160,7 +160,7 @@ impl Optimizer {
         Ok(Self { config: config.clone(), groups, total_steps, step_count: 0 })
     }
 
-    /// Begins the running average, if one is kept, with these parameters.
+    /// Begins the running average, if one is to be kept, with these parameters. Without this call none is.
     ///
     /// # Errors
     /// When their number is another.
