@@ -298,7 +298,7 @@ fn an_average_follows_the_parameters_wherever_they_lie() {
             for (average, now) in expected.iter_mut().zip(state.parameters.iter()) {
                 *average = 0.75 * *average + 0.25 * now;
             }
-            let averages = state.optimizer.iter().filter(|(name, _)| name.ends_with(".ema"));
+            let averages = state.optimizer.iter().filter(|(name, _)| name.strip_suffix(".ema").is_some());
             let found: Vec<f32> = averages.flat_map(|(_, values)| values.to_vec()).collect();
             assert_eq!(found.len(), expected.len());
             let apart = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
