@@ -36,11 +36,6 @@ def figure(found, key):
     return float(found[key])
 
 
-def compared(pair, key):
-    first, _, second = key.partition(":")
-    return figure(pair[0], first), figure(pair[1], second or first)
-
-
 def spread(values):
     return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
 
@@ -54,16 +49,16 @@ def main():
     parser.add_argument("second")
     arguments = parser.parse_args()
     commands = [arguments.first, arguments.second]
-    pairs = []
+    pairs = {key: [] for key in arguments.key}
     for run in range(arguments.runs):
         order = (0, 1) if run % 2 == 0 else (1, 0)
         found = {which: figures(commands[which]) for which in order}
-        pairs.append((found[0], found[1]))
-        for key in arguments.key:
-            compared(pairs[-1], key)
+        for key in pairs:
+            first, _, second = key.partition(":")
+            pairs[key].append((figure(found[0], first), figure(found[1], second or first)))
         print(f"pair {run + 1} of {arguments.runs}", file=sys.stderr)
-    for key in arguments.key:
-        ours, theirs = zip(*(compared(pair, key) for pair in pairs))
+    for key in pairs:
+        ours, theirs = zip(*pairs[key])
         if arguments.more:
             ratios, ratio = [a / b for a, b in zip(ours, theirs)], statistics.median(ours) / statistics.median(theirs)
         else:

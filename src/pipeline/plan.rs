@@ -82,16 +82,14 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
     let layout = Layout::new(config);
     let (count, dtype) = (layout.len() as u64, pipeline.model.dtype.unwrap_or_default());
     let weights = count * dtype.bytes() as u64;
-    let optimizers: Vec<&OptimizerConfig> = [
-        pipeline.pretrain.as_ref().map(|stage| &stage.optimizer),
-        pipeline.cold_start.as_ref().map(|stage| &stage.optimizer),
-        pipeline.train.as_ref().map(|stage| &stage.optimizer),
-    ]
-    .into_iter()
-    .flatten()
-    .collect();
-    let averaged = optimizers.iter().any(|optimizer| optimizer.ema_decay > 0.0);
-    let average = if averaged { 4 } else { 0 };
+    let optimizers = || {
+        let pretrain = pipeline.pretrain.iter().map(|stage| &stage.optimizer);
+        let cold_start = pipeline.cold_start.iter().map(|stage| &stage.optimizer);
+        pretrain.chain(cold_start).chain(pipeline.train.iter().map(|stage| &stage.optimizer))
+    };
+    let average = |optimizer: &OptimizerConfig| if optimizer.ema_decay > 0.0 { 4 } else { 0 };
+    let largest_average = optimizers().map(average).max().unwrap_or(0);
+    let averaged = largest_average > 0;
     let held = |what, machine_bytes, device_bytes| Held { what, machine_bytes, device_bytes };
     let tokens = pipeline.run.tokens_per_micro_batch as u64;
     let inputs = tokens * (4 * config.layers * config.hidden_size) as u64;
@@ -102,21 +100,20 @@ fn memory(pipeline: &Pipeline, config: &DecoderConfig) -> Vec<Held> {
         return vec![
             held("weights", copies * weights, 0),
             held("parameters", 4 * trained, 0),
-            held(if averaged { "moments and average" } else { "moments" }, (8 + average) * trained, 0),
+            held(
+                if averaged { "moments and average" } else { "moments" },
+                (8 + largest_average) * trained,
+                0,
+            ),
             held("gradients", gradients, 0),
             held("activations, if layers are computed again", inputs, 0),
             held("keys and values of 1,000 tokens", 1000 * config.cached_bytes(size_of::<f32>()) as u64, 0),
         ];
     }
-    let bytes = |optimizer: &OptimizerConfig| {
-        let average = if optimizer.ema_decay > 0.0 { 4 } else { 0 };
-        (4 + average) * count + 2 * count * optimizer.moments.bytes() as u64
-    };
+    let bytes = |optimizer| count * (4 + average(optimizer) + 2 * optimizer.moments.bytes() as u64);
     // Stages follow one another: each place must have room for the one that takes most of it.
-    let most = |offload| {
-        optimizers.iter().filter(|optimizer| optimizer.offload == offload).map(|&one| bytes(one)).max()
-    };
-    let (here, there) = (most(true).unwrap_or(0), most(false).unwrap_or(0));
+    let most = |offload| optimizers().filter(|one| one.offload == offload).map(bytes).max().unwrap_or(0);
+    let (here, there) = (most(true), most(false));
     let tape = tokens * config.device_tape_bytes(dtype.bytes()) as u64;
     let cached = match pipeline.rollout.kv_cache {
         CacheFormat::Model => dtype.bytes(),

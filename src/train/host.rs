@@ -107,9 +107,10 @@ impl HostTrainer {
         })
     }
 
-    /// Gradient buffers for a number of parameters.
+    /// Gradient buffers for a number of parameters: four, two or one, which share the micro-batches of a step evenly.
     pub(super) fn gradient_buffers(parameters: usize) -> usize {
-        (LANE_BYTES / (size_of::<f32>() * parameters.max(1))).clamp(1, LANES)
+        let room = LANE_BYTES / (size_of::<f32>() * parameters.max(1));
+        1 << room.clamp(1, LANES).ilog2()
     }
 
     pub(super) fn state(&self) -> TrainerState<'_> {
@@ -351,5 +352,20 @@ impl Side {
     fn release(&mut self) {
         // Children come behind their parents.
         self.part.drain(..).rev().for_each(|node| self.cache.release(node));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gradient_buffers_have_bounded_room_and_one_there_always_is() {
+        let buffers = HostTrainer::gradient_buffers;
+        assert_eq!([0, 1, 16 << 20, 20_000_000, 32 << 20].map(buffers), [4, 4, 4, 2, 2]);
+        assert_eq!([(32 << 20) + 1, 500_000_000, usize::MAX / 4].map(buffers), [1, 1, 1]);
+        assert!(
+            (1..64 << 20).step_by(99_991).all(|parameters| 4 * parameters * buffers(parameters) <= 256 << 20)
+        );
     }
 }
