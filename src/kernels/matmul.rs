@@ -8,11 +8,11 @@ use super::LANES;
 use super::packed::{Factor, Packed, Unpacked, for_values, steps};
 use super::pairs::{self, PairChains};
 use super::parallel::{Disjoint, for_each_item};
-use super::simd::{Isa, Lanes, isa};
+use super::simd::{Isa, Lanes, isa, prefetch};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{has_bf16_products, x86};
 use std::cell::RefCell;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 /// Multiply-adds below which a product stays on one thread, unless its weights alone take long to read.
 const SERIAL_PRODUCTS: usize = 1 << 20;
@@ -34,6 +34,9 @@ const PANELS_PER_TASK: usize = 16;
 const PANELS_PER_COPY: usize = 64;
 /// Panels that few rows take at once, and that all rows are done with before the next.
 const PANELS_AT_ONCE: usize = 4;
+/// Rows for which the weights behind those in use are asked for. With fewer memory is busy all the time, since their tiles read
+/// several panels at once; with more it is quick enough.
+const ROWS_THAT_READ_AHEAD: RangeInclusive<usize> = 4..=64;
 /// Panels that one task of a transposed product unpacks at a time.
 const PANELS_PER_TRANSPOSE: usize = 8;
 
@@ -301,7 +304,7 @@ impl<T: Factor> Part<'_, T> {
             let out = Target { first, stride: out.stride, accumulate: self.accumulate };
             // SAFETY: the operands were checked, the output range lies inside the buffer, and
             // only these panels of these rows are touched, which belong to this task alone.
-            unsafe { tiles_at(&operands, self.rows.len(), whole.len(), out) };
+            unsafe { tiles_at::<T, true>(&operands, self.rows.len(), whole.len(), out) };
         }
         if panels.end > whole.end {
             self.narrow(whole.end, columns % LANES, out);
@@ -389,25 +392,30 @@ pub(super) fn tiles<T: Factor>(
     assert!(out.len() >= (rows - 1) * out_stride + panels * LANES, "output too small");
     let out = Target { first: out.as_mut_ptr(), stride: out_stride, accumulate };
     // SAFETY: the bounds of all three operands were checked above.
-    unsafe { tiles_at(operands, rows, panels, out) }
+    unsafe { tiles_at::<T, false>(operands, rows, panels, out) }
 }
 
-/// As [`tiles`], to a place that other threads may be writing around.
+/// As [`tiles`], to a place that other threads may be writing around. `AHEAD` are panels of weights, behind which more lie.
 ///
 /// # Safety
 /// The operands were checked, and the rows x panels elements of `out` are the caller's alone.
-unsafe fn tiles_at<T: Factor>(operands: &Operands<T>, rows: usize, panels: usize, out: Target) {
+unsafe fn tiles_at<T: Factor, const AHEAD: bool>(
+    operands: &Operands<T>,
+    rows: usize,
+    panels: usize,
+    out: Target,
+) {
     let tiles: unsafe fn(&Operands<T>, usize, usize, Target) = match (isa(), T::STEPS) {
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, 2) if has_bf16_products() => pairs_avx512,
+        (Isa::Avx512, 2) if has_bf16_products() => pairs_avx512::<T, AHEAD>,
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512 | Isa::Avx2, 2) => pairs_avx2,
-        (_, 2) => pairs_portable,
+        (Isa::Avx512 | Isa::Avx2, 2) => pairs_avx2::<T, AHEAD>,
+        (_, 2) => pairs_portable::<T, AHEAD>,
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, _) => tiles_avx512,
+        (Isa::Avx512, _) => tiles_avx512::<T, AHEAD>,
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx2, _) => tiles_avx2,
-        _ => tiles_portable,
+        (Isa::Avx2, _) => tiles_avx2::<T, AHEAD>,
+        _ => tiles_portable::<T, AHEAD>,
     };
     // SAFETY: bounds by the caller's promise; `isa` names an instruction set only after detecting it.
     unsafe { tiles(operands, rows, panels, out) }
@@ -417,13 +425,20 @@ unsafe fn tiles_at<T: Factor>(operands: &Operands<T>, rows: usize, panels: usize
 macro_rules! tiles_with {
     ($(#[$attribute:meta])* $name:ident, $lanes:ty, $rows:literal, $steps:literal) => {
         $(#[$attribute])*
-        unsafe fn $name<T: Factor>(operands: &Operands<T>, rows: usize, panels: usize, out: Target) {
+        unsafe fn $name<T: Factor, const AHEAD: bool>(
+            operands: &Operands<T>,
+            rows: usize,
+            panels: usize,
+            out: Target,
+        ) {
             // SAFETY: bounds checked by `tiles`.
             unsafe {
-                if operands.left.inner_stride == 1 {
-                    sweep::<$lanes, T, $rows, $steps, false>(operands, rows, panels, out);
+                if operands.left.inner_stride != 1 {
+                    sweep::<$lanes, T, $rows, $steps, true, false>(operands, rows, panels, out);
+                } else if AHEAD && ROWS_THAT_READ_AHEAD.contains(&rows) {
+                    sweep::<$lanes, T, $rows, $steps, false, true>(operands, rows, panels, out);
                 } else {
-                    sweep::<$lanes, T, $rows, $steps, true>(operands, rows, panels, out);
+                    sweep::<$lanes, T, $rows, $steps, false, false>(operands, rows, panels, out);
                 }
             }
         }
@@ -454,10 +469,34 @@ tiles_with! {
 }
 tiles_with! { tiles_portable, [f32; 16], 4, 1 }
 
+/// Weights that come next, asked for as fast as those at hand are used. Memory would else wait whenever a second tile of rows
+/// goes over panels that the first has brought near.
+struct Ahead {
+    next: *const u8,
+    /// Rows that use every weight.
+    rows: usize,
+}
+
+impl Ahead {
+    #[inline(always)]
+    fn advance(&mut self, bytes: usize) {
+        let start = self.next;
+        self.next = start.wrapping_add(bytes);
+        prefetch(start, self.next);
+    }
+}
+
 /// Covers rows and panels with register tiles of at most `ROWS` rows, whose loop counts every `STEPS` steps.
-/// `ACROSS` is a left matrix whose rows are adjacent, not its steps.
+/// `ACROSS` is a left matrix whose rows are adjacent, not its steps; with `AHEAD` the panels behind are asked for.
 #[inline(always)]
-unsafe fn sweep<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, const ACROSS: bool>(
+unsafe fn sweep<
+    V: Lanes,
+    T: Factor,
+    const ROWS: usize,
+    const STEPS: usize,
+    const ACROSS: bool,
+    const AHEAD: bool,
+>(
     operands: &Operands<T>,
     rows: usize,
     panels: usize,
@@ -467,11 +506,13 @@ unsafe fn sweep<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, cons
     let (many, pair, single) = (rows - few, few & 2, few & 1);
     for first in (0..panels).step_by(PANELS_AT_ONCE) {
         let group = first..panels.min(first + PANELS_AT_ONCE);
+        let next = operands.right.as_ptr().wrapping_add(group.end * operands.panel_stride);
+        let ahead = &mut Ahead { next: next.cast(), rows };
         // SAFETY: the tiles lie inside the bounds that `tiles` checked.
         unsafe {
-            many_rows::<V, T, ROWS, STEPS, ACROSS>(operands, many, group.clone(), out);
-            few_rows::<V, T, ROWS, STEPS, ACROSS>(operands, many, pair, group.clone(), out);
-            few_rows::<V, T, ROWS, STEPS, ACROSS>(operands, many + pair, single, group, out);
+            many_rows::<V, T, ROWS, STEPS, ACROSS, AHEAD>(operands, many, group.clone(), out, ahead);
+            few_rows::<V, T, ROWS, STEPS, ACROSS, AHEAD>(operands, many, pair, group.clone(), out, ahead);
+            few_rows::<V, T, ROWS, STEPS, ACROSS, AHEAD>(operands, many + pair, single, group, out, ahead);
         }
     }
 }
@@ -482,11 +523,19 @@ unsafe fn sweep<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, cons
 /// # Safety
 /// They lie inside what `tiles` checked.
 #[inline(always)]
-unsafe fn many_rows<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, const ACROSS: bool>(
+unsafe fn many_rows<
+    V: Lanes,
+    T: Factor,
+    const ROWS: usize,
+    const STEPS: usize,
+    const ACROSS: bool,
+    const AHEAD: bool,
+>(
     operands: &Operands<T>,
     rows: usize,
     panels: Range<usize>,
     out: Target,
+    ahead: &mut Ahead,
 ) {
     // Two panels at once only where the register file holds twelve rows of them: AVX-512.
     let wide = ROWS >= 12;
@@ -498,12 +547,18 @@ unsafe fn many_rows<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, 
             // SAFETY: by the caller's promise.
             unsafe {
                 let (height, _) = match (rows - row, count) {
-                    (12.., 2) if wide => tile::<V, T, 12, 2, STEPS, ACROSS>(operands, row, panel, out),
-                    (8.., 2) => tile::<V, T, 8, 2, STEPS, ACROSS>(operands, row, panel, out),
-                    (_, 2) => tile::<V, T, 4, 2, STEPS, ACROSS>(operands, row, panel, out),
-                    (12.., _) if wide => tile::<V, T, 12, 1, STEPS, ACROSS>(operands, row, panel, out),
-                    (6.., _) if ROWS == 6 => tile::<V, T, 6, 1, STEPS, ACROSS>(operands, row, panel, out),
-                    _ => tile::<V, T, 4, 1, STEPS, ACROSS>(operands, row, panel, out),
+                    (12.., 2) if wide => {
+                        tile::<V, T, 12, 2, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead)
+                    }
+                    (8.., 2) => tile::<V, T, 8, 2, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
+                    (_, 2) => tile::<V, T, 4, 2, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
+                    (12.., _) if wide => {
+                        tile::<V, T, 12, 1, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead)
+                    }
+                    (6.., _) if ROWS == 6 => {
+                        tile::<V, T, 6, 1, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead)
+                    }
+                    _ => tile::<V, T, 4, 1, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
                 };
                 row += height;
             }
@@ -518,24 +573,34 @@ unsafe fn many_rows<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, 
 /// # Safety
 /// As [`many_rows`].
 #[inline(always)]
-unsafe fn few_rows<V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, const ACROSS: bool>(
+unsafe fn few_rows<
+    V: Lanes,
+    T: Factor,
+    const ROWS: usize,
+    const STEPS: usize,
+    const ACROSS: bool,
+    const AHEAD: bool,
+>(
     operands: &Operands<T>,
     row: usize,
     rows: usize,
     panels: Range<usize>,
     out: Target,
+    ahead: &mut Ahead,
 ) {
     let mut panel = panels.start;
     while panel < panels.end && rows > 0 {
         // SAFETY: by the caller's promise.
         unsafe {
             let (_, width) = match (rows, panels.end - panel) {
-                (1, 4..) => tile::<V, T, 1, 4, STEPS, ACROSS>(operands, row, panel, out),
-                (1, 2..) => tile::<V, T, 1, 2, STEPS, ACROSS>(operands, row, panel, out),
-                (1, _) => tile::<V, T, 1, 1, STEPS, ACROSS>(operands, row, panel, out),
-                (_, 4..) if ROWS >= 12 => tile::<V, T, 2, 4, STEPS, ACROSS>(operands, row, panel, out),
-                (_, 2..) => tile::<V, T, 2, 2, STEPS, ACROSS>(operands, row, panel, out),
-                _ => tile::<V, T, 2, 1, STEPS, ACROSS>(operands, row, panel, out),
+                (1, 4..) => tile::<V, T, 1, 4, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
+                (1, 2..) => tile::<V, T, 1, 2, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
+                (1, _) => tile::<V, T, 1, 1, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
+                (_, 4..) if ROWS >= 12 => {
+                    tile::<V, T, 2, 4, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead)
+                }
+                (_, 2..) => tile::<V, T, 2, 2, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
+                _ => tile::<V, T, 2, 1, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
             };
             panel += width;
         }
@@ -580,11 +645,13 @@ unsafe fn tile<
     const P: usize,
     const STEPS: usize,
     const ACROSS: bool,
+    const AHEAD: bool,
 >(
     operands: &Operands<T>,
     row: usize,
     panel: usize,
     Target { first, stride, accumulate }: Target,
+    ahead: &mut Ahead,
 ) -> (usize, usize) {
     let Operands { left, inner, right, right_stride, panel_stride } = *operands;
     let (row_stride, inner_stride) = if ACROSS { (1, left.inner_stride) } else { (left.row_stride, 1) };
@@ -607,7 +674,11 @@ unsafe fn tile<
         for (p, at) in panels.iter_mut().enumerate() {
             *at = at.add((panel + p) * panel_stride);
         }
+        let pace = R * P * STEPS * size_of::<[T; LANES]>() / ahead.rows;
         for _ in 0..inner / STEPS {
+            if AHEAD {
+                ahead.advance(pace);
+            }
             for step in 0..STEPS {
                 add_step(&mut sums, &rows, if ACROSS { 0 } else { step }, &panels);
                 if ACROSS {

@@ -1,6 +1,7 @@
 //! Work over disjoint parts of one buffer, in parallel where it pays.
 
 use rayon::prelude::*;
+use std::cell::Cell;
 
 /// Elements below which an element-wise operation stays on one thread.
 const SERIAL_ELEMENTS: usize = 1 << 17;
@@ -45,6 +46,37 @@ pub fn for_each_item(items: usize, parallel: bool, work: impl Fn(usize) + Sync +
     } else {
         (0..items).for_each(work);
     }
+}
+
+/// Turns without work after which a thread that was kept awake may sleep: some hundred microseconds.
+const IDLE_TURNS: usize = 256;
+
+thread_local! {
+    /// Whether this thread is being kept awake.
+    static AWAKE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Keeps the pool's other threads awake as long as operations follow each other closely: where one takes some microseconds, it
+/// would be over before a sleeping thread has woken. A thread that gets nothing for a while sleeps, until the next call.
+pub fn keep_threads_awake() {
+    let caller = rayon::current_thread_index();
+    rayon::spawn_broadcast(move |thread| {
+        // Whoever waits within work that it does while it is kept awake must go back to that.
+        if Some(thread.index()) == caller || AWAKE.replace(true) {
+            return;
+        }
+        let mut idle = 0;
+        while idle < IDLE_TURNS {
+            match rayon::yield_now() {
+                Some(rayon::Yield::Executed) => idle = 0,
+                _ => {
+                    idle += 1;
+                    std::thread::yield_now();
+                }
+            }
+        }
+        AWAKE.set(false);
+    });
 }
 
 /// A buffer that several threads write at disjoint places.
@@ -94,6 +126,21 @@ mod tests {
         // SAFETY: each item writes its own ten elements.
         for_each_item(100, true, |item| unsafe { shared.slice(item * 10, 10) }.fill(item as f32));
         assert!(values.iter().enumerate().all(|(at, value)| *value == (at / 10) as f32));
+    }
+
+    #[test]
+    fn threads_kept_awake_do_what_they_are_given_and_wait_for_nobody() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
+        pool.install(|| {
+            for pass in 0..200 {
+                keep_threads_awake();
+                // Items that share work themselves wait within it, where other calls of the above may find them.
+                let sums = (0..8_u64)
+                    .into_par_iter()
+                    .map(|item| (0..64_u64).into_par_iter().map(|value| value * item + pass).sum::<u64>());
+                assert_eq!(sums.sum::<u64>(), 63 * 32 * 28 + 8 * 64 * pass);
+            }
+        });
     }
 
     #[test]

@@ -101,6 +101,26 @@ macro_rules! multiversion {
 }
 pub(crate) use multiversion;
 
+/// Bytes that travel together between memory and a core.
+const CACHE_LINE: usize = 64;
+
+/// Asks for the cache lines that begin within `start..end`, so that they are near when they are read. A hint, where there is
+/// one: it reads nothing, and any address will do.
+#[inline(always)]
+pub(crate) fn prefetch(start: *const u8, end: *const u8) {
+    let mut line = start.addr().next_multiple_of(CACHE_LINE);
+    while line < end.addr() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the instruction changes no state that a program sees, and does not fail on any address.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(
+                start.with_addr(line).cast(),
+            );
+        }
+        line += CACHE_LINE;
+    }
+}
+
 /// Sixteen `f32` lanes.
 ///
 /// # Safety

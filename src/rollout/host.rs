@@ -13,6 +13,7 @@ use super::engine::{Engine, Generation, Growing, REPLIES_AT_ONCE, add_trunk, par
 use super::sampler::draw;
 use super::{Prompt, Rollout};
 use crate::kernels::attention::PAGE;
+use crate::kernels::parallel;
 use crate::model::{Extension, Forest, KvCache, ModelError, NodeId, Workspace};
 use rayon::prelude::*;
 use std::collections::VecDeque;
@@ -146,7 +147,7 @@ impl<'p> Queue<'p> {
         let lanes = worthwhile.min(rayon::current_num_threads()).min(pages / least.max(1)).max(1);
         let replies = replies.div_ceil(lanes).max(self.most_replies);
         let replies = replies.clamp(1, REPLIES_AT_ONCE.max(self.samples));
-        (lanes, Limits { replies, pages: (pages / lanes).max(least), full })
+        (lanes, Limits { replies, pages: (pages / lanes).max(least), full, alone: lanes == 1 })
     }
 
     /// Takes the next part if `fits`.
@@ -165,6 +166,8 @@ struct Limits {
     pages: usize,
     /// Pages of a reply that becomes as long as it may.
     full: usize,
+    /// Whether there is no other lane, so that all threads share its operations.
+    alone: bool,
 }
 
 /// Prompts of a trunk on their way into the cache.
@@ -349,6 +352,9 @@ impl<'a, 'p> Lane<'a, 'p> {
         let mut pass = Pass::default();
         loop {
             let start = Instant::now();
+            if self.limits.alone {
+                parallel::keep_threads_awake();
+            }
             pass.clear();
             self.add_replies(&mut pass);
             let replies = pass.ids.len();
