@@ -95,7 +95,7 @@ pub(super) unsafe fn matmul_to(left: Left, rows: usize, right: &Packed, out: Out
     let panel_tasks = columns.div_ceil(LANES).div_ceil(panels_per_task);
     let parallel = pays_in_parallel(rows, columns, inner);
     for_values!(&right.values, values => {
-        let right = Panels { values, inner, first: 0, columns };
+        let right = Panels { values, inner, first: 0, columns, stored: true };
         with_factors(&right, left, rows, |left| {
             for_each_item(rows.div_ceil(ROWS_PER_TASK) * panel_tasks, parallel, |task| {
                 let first = task % panel_tasks * panels_per_task;
@@ -114,7 +114,7 @@ pub fn matmul_transposed(left: &[f32], rows: usize, right: &Packed, out: &mut [f
     let left = Left::rows(left, columns);
     let out = Output { buffer: Disjoint::new(out), first: 0, stride: inner };
     for_values!(&right.values, values => {
-        let right = Panels { values, inner: columns, first: 0, columns: inner };
+        let right = Panels { values, inner: columns, first: 0, columns: inner, stored: false };
         with_factors(&right, left, rows, |left| {
             transposed(left, rows, values, [inner, columns], out, accumulate);
         });
@@ -156,7 +156,7 @@ fn transposed<T: Factor>(
             for (panel, out) in group.clone().zip(scratch.chunks_exact_mut(size.max(1))) {
                 T::transpose_panel(values, inner, columns, panel * LANES, out);
             }
-            let right = Panels { values: scratch, inner: columns, first, columns: inner };
+            let right = Panels { values: scratch, inner: columns, first, columns: inner, stored: false };
             for task in 0..rows.div_ceil(ROWS_PER_TASK) {
                 block(left, row_block(task, rows), &right, group.clone(), out, accumulate);
             }
@@ -208,6 +208,8 @@ struct Panels<'a, T> {
     first: usize,
     /// Output columns of the whole matrix.
     columns: usize,
+    /// Whether they are weights, which have to be brought from memory.
+    stored: bool,
 }
 
 impl<T: Factor> Panels<'_, T> {
@@ -304,7 +306,13 @@ impl<T: Factor> Part<'_, T> {
             let out = Target { first, stride: out.stride, accumulate: self.accumulate };
             // SAFETY: the operands were checked, the output range lies inside the buffer, and
             // only these panels of these rows are touched, which belong to this task alone.
-            unsafe { tiles_at::<T, true>(&operands, self.rows.len(), whole.len(), out) };
+            unsafe {
+                if self.right.stored && self.inner.len() == self.right.steps() {
+                    tiles_at::<T, true>(&operands, self.rows.len(), whole.len(), out);
+                } else {
+                    tiles_at::<T, false>(&operands, self.rows.len(), whole.len(), out);
+                }
+            }
         }
         if panels.end > whole.end {
             self.narrow(whole.end, columns % LANES, out);
@@ -395,7 +403,7 @@ pub(super) fn tiles<T: Factor>(
     unsafe { tiles_at::<T, false>(operands, rows, panels, out) }
 }
 
-/// As [`tiles`], to a place that other threads may be writing around. `AHEAD` are panels of weights, behind which more lie.
+/// As [`tiles`], to a place that other threads may be writing around. `AHEAD` are panels of weights, behind which the next lie.
 ///
 /// # Safety
 /// The operands were checked, and the rows x panels elements of `out` are the caller's alone.
@@ -674,7 +682,7 @@ unsafe fn tile<
         for (p, at) in panels.iter_mut().enumerate() {
             *at = at.add((panel + p) * panel_stride);
         }
-        let pace = R * P * STEPS * size_of::<[T; LANES]>() / ahead.rows;
+        let pace = (R * P * STEPS * size_of::<[T; LANES]>()).div_ceil(ahead.rows);
         for _ in 0..inner / STEPS {
             if AHEAD {
                 ahead.advance(pace);

@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Elements below which an element-wise operation stays on one thread.
 const SERIAL_ELEMENTS: usize = 1 << 17;
@@ -48,35 +49,52 @@ pub fn for_each_item(items: usize, parallel: bool, work: impl Fn(usize) + Sync +
     }
 }
 
-/// Turns without work after which a thread that was kept awake may sleep: some hundred microseconds.
-const IDLE_TURNS: usize = 256;
+/// Threads that are kept awake at most: the operations that are too short for waking a thread are too small for many.
+const MOST_AWAKE: usize = 8;
+/// Looks for work, one after the other in vain, after which a thread may sleep: some hundred microseconds.
+const IDLE_LOOKS: usize = 256;
+/// Looks after which it may sleep in any case, since it may have begun within other work, which waits.
+const MOST_LOOKS: usize = 1 << 14;
+
+/// Threads that are awake, or will be.
+static AWAKE: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
     /// Whether this thread is being kept awake.
-    static AWAKE: Cell<bool> = const { Cell::new(false) };
+    static LOOKING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Keeps the pool's other threads awake as long as operations follow each other closely: where one takes some microseconds, it
-/// would be over before a sleeping thread has woken. A thread that gets nothing for a while sleeps, until the next call.
+/// Keeps some of the pool's other threads awake while operations follow each other closely: where one takes some microseconds,
+/// it would be over before a sleeping thread has woken. They sleep when there was no work for a while, until the next call.
 pub fn keep_threads_awake() {
     let caller = rayon::current_thread_index();
-    rayon::spawn_broadcast(move |thread| {
-        // Whoever waits within work that it does while it is kept awake must go back to that.
-        if Some(thread.index()) == caller || AWAKE.replace(true) {
+    let wanted = MOST_AWAKE.min(rayon::current_num_threads() - 1);
+    for _ in AWAKE.load(Ordering::Relaxed)..wanted {
+        AWAKE.fetch_add(1, Ordering::Relaxed);
+        rayon::spawn(move || {
+            // Whoever takes this up while it waits for others must go back to what it waits for.
+            if rayon::current_thread_index() != caller && !LOOKING.replace(true) {
+                look_for_work();
+                LOOKING.set(false);
+            }
+            AWAKE.fetch_sub(1, Ordering::Relaxed);
+        });
+    }
+}
+
+/// Does what there is to do until there is nothing for a while.
+fn look_for_work() {
+    let mut idle = 0;
+    for _ in 0..MOST_LOOKS {
+        if rayon::yield_now() == Some(rayon::Yield::Executed) {
+            idle = 0;
+        } else if idle < IDLE_LOOKS {
+            idle += 1;
+            std::thread::yield_now();
+        } else {
             return;
         }
-        let mut idle = 0;
-        while idle < IDLE_TURNS {
-            match rayon::yield_now() {
-                Some(rayon::Yield::Executed) => idle = 0,
-                _ => {
-                    idle += 1;
-                    std::thread::yield_now();
-                }
-            }
-        }
-        AWAKE.set(false);
-    });
+    }
 }
 
 /// A buffer that several threads write at disjoint places.

@@ -352,15 +352,15 @@ impl<'a, 'p> Lane<'a, 'p> {
         let mut pass = Pass::default();
         loop {
             let start = Instant::now();
-            if self.limits.alone {
-                parallel::keep_threads_awake();
-            }
             pass.clear();
             self.add_replies(&mut pass);
             let replies = pass.ids.len();
             self.add_prompts(&mut pass);
             if pass.ids.is_empty() && self.ready.is_empty() {
                 break;
+            }
+            if self.limits.alone {
+                parallel::keep_threads_awake();
             }
             let prompts = pass.ids.len() - replies;
             self.sampled.cache_bytes = self.sampled.cache_bytes.max(self.cache.used_bytes() as u64);
