@@ -304,15 +304,10 @@ impl<T: Factor> Part<'_, T> {
             let length = (self.rows.len() - 1) * out.stride + whole.len() * LANES;
             let first = out.buffer.pointer(start, length);
             let out = Target { first, stride: out.stride, accumulate: self.accumulate };
+            let ahead = self.right.stored && self.inner.len() == self.right.steps();
             // SAFETY: the operands were checked, the output range lies inside the buffer, and
             // only these panels of these rows are touched, which belong to this task alone.
-            unsafe {
-                if self.right.stored && self.inner.len() == self.right.steps() {
-                    tiles_at::<T, true>(&operands, self.rows.len(), whole.len(), out);
-                } else {
-                    tiles_at::<T, false>(&operands, self.rows.len(), whole.len(), out);
-                }
-            }
+            unsafe { tiles_at(&operands, self.rows.len(), whole.len(), out, ahead) };
         }
         if panels.end > whole.end {
             self.narrow(whole.end, columns % LANES, out);
@@ -400,50 +395,47 @@ pub(super) fn tiles<T: Factor>(
     assert!(out.len() >= (rows - 1) * out_stride + panels * LANES, "output too small");
     let out = Target { first: out.as_mut_ptr(), stride: out_stride, accumulate };
     // SAFETY: the bounds of all three operands were checked above.
-    unsafe { tiles_at::<T, false>(operands, rows, panels, out) }
+    unsafe { tiles_at(operands, rows, panels, out, false) }
 }
 
-/// As [`tiles`], to a place that other threads may be writing around. `AHEAD` are panels of weights, behind which the next lie.
+/// As [`tiles`], to a place that other threads may be writing around. With `ahead` they are panels
+/// of weights, behind which the next lie.
 ///
 /// # Safety
 /// The operands were checked, and the rows x panels elements of `out` are the caller's alone.
-unsafe fn tiles_at<T: Factor, const AHEAD: bool>(
-    operands: &Operands<T>,
-    rows: usize,
-    panels: usize,
-    out: Target,
-) {
-    let tiles: unsafe fn(&Operands<T>, usize, usize, Target) = match (isa(), T::STEPS) {
+unsafe fn tiles_at<T: Factor>(operands: &Operands<T>, rows: usize, panels: usize, out: Target, ahead: bool) {
+    let tiles: unsafe fn(&Operands<T>, usize, usize, Target, bool) = match (isa(), T::STEPS) {
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, 2) if has_bf16_products() => pairs_avx512::<T, AHEAD>,
+        (Isa::Avx512, 2) if has_bf16_products() => pairs_avx512,
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512 | Isa::Avx2, 2) => pairs_avx2::<T, AHEAD>,
-        (_, 2) => pairs_portable::<T, AHEAD>,
+        (Isa::Avx512 | Isa::Avx2, 2) => pairs_avx2,
+        (_, 2) => pairs_portable,
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, _) => tiles_avx512::<T, AHEAD>,
+        (Isa::Avx512, _) => tiles_avx512,
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx2, _) => tiles_avx2::<T, AHEAD>,
-        _ => tiles_portable::<T, AHEAD>,
+        (Isa::Avx2, _) => tiles_avx2,
+        _ => tiles_portable,
     };
     // SAFETY: bounds by the caller's promise; `isa` names an instruction set only after detecting it.
-    unsafe { tiles(operands, rows, panels, out) }
+    unsafe { tiles(operands, rows, panels, out, ahead) }
 }
 
 /// [`sweep`] with some lanes, rows and steps, compiled for an instruction set.
 macro_rules! tiles_with {
     ($(#[$attribute:meta])* $name:ident, $lanes:ty, $rows:literal, $steps:literal) => {
         $(#[$attribute])*
-        unsafe fn $name<T: Factor, const AHEAD: bool>(
+        unsafe fn $name<T: Factor>(
             operands: &Operands<T>,
             rows: usize,
             panels: usize,
             out: Target,
+            ahead: bool,
         ) {
             // SAFETY: bounds checked by `tiles`.
             unsafe {
                 if operands.left.inner_stride != 1 {
                     sweep::<$lanes, T, $rows, $steps, true, false>(operands, rows, panels, out);
-                } else if AHEAD && ROWS_THAT_READ_AHEAD.contains(&rows) {
+                } else if ahead && ROWS_THAT_READ_AHEAD.contains(&rows) {
                     sweep::<$lanes, T, $rows, $steps, false, true>(operands, rows, panels, out);
                 } else {
                     sweep::<$lanes, T, $rows, $steps, false, false>(operands, rows, panels, out);
