@@ -291,6 +291,7 @@ impl Job<'_> {
         }
     }
 
+    /// The values of these positions are asked for, which are needed after all scores.
     fn score_extent(
         &self,
         queries: &[f32],
@@ -307,6 +308,7 @@ impl Job<'_> {
             right: &self.pages.keys[self.kv_head][extent.page * page..],
             right_stride: LANES,
             panel_stride: page,
+            next: &self.pages.values[self.kv_head][extent.page * self.geometry.value_page()..],
         };
         tiles(&operands, rows, length.div_ceil(PAGE), scores, stride, false);
     }
@@ -373,6 +375,7 @@ impl Job<'_> {
             right: &self.pages.values[self.kv_head][extent.page * self.geometry.value_page()..],
             right_stride: padded,
             panel_stride: LANES,
+            next: &[],
         };
         tiles(&operands, rows, padded / LANES, sums, padded, true);
     }
@@ -606,13 +609,14 @@ fn multiply_panels(
         right: panels,
         right_stride: LANES,
         panel_stride: geometry.key_page(),
+        next: &[],
     };
     tiles(&operands, rows, stride / PAGE, out, stride, false);
 }
 
 /// `out [rows, padded] += left [rows, inner] x right [inner, padded]`.
 fn accumulate_rows(left: Left, rows: usize, inner: usize, right: &[f32], padded: usize, out: &mut [f32]) {
-    let operands = Operands { left, inner, right, right_stride: padded, panel_stride: LANES };
+    let operands = Operands { left, inner, right, right_stride: padded, panel_stride: LANES, next: &[] };
     tiles(&operands, rows, padded / LANES, out, padded, true);
 }
 

@@ -12,6 +12,7 @@ use super::simd::{Isa, Lanes, isa, prefetch};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{has_bf16_products, x86};
 use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::ops::{Range, RangeInclusive};
 
 /// Multiply-adds below which a product stays on one thread, unless its weights alone take long to read.
@@ -28,13 +29,13 @@ const COLLIDING_STRIDE: usize = 1024;
 const ROW_STEPS_PER_BLOCK: usize = 1024;
 /// Rows that do not take each other's place.
 const FEW_ROWS: usize = 8;
-/// Panels that one task of a parallel product works on.
+/// Panels that one task of a parallel product works on at most.
 const PANELS_PER_TASK: usize = 16;
 /// The same where a task first copies its rows, which pays for more than those.
 const PANELS_PER_COPY: usize = 64;
 /// Panels that few rows take at once, and that all rows are done with before the next.
 const PANELS_AT_ONCE: usize = 4;
-/// Rows for which the weights behind those in use are asked for. With fewer memory is busy all the time, since their tiles read
+/// Rows for which what comes after the panels in use is asked for. With fewer memory is busy all the time, since their tiles read
 /// several panels at once; with more it is quick enough.
 const ROWS_THAT_READ_AHEAD: RangeInclusive<usize> = 4..=64;
 /// Panels that one task of a transposed product unpacks at a time.
@@ -91,16 +92,15 @@ pub fn matmul(left: Left, rows: usize, right: &Packed, out: &mut [f32], accumula
 pub(super) unsafe fn matmul_to(left: Left, rows: usize, right: &Packed, out: Output, accumulate: bool) {
     let (inner, columns) = (right.inner(), right.columns());
     left.check(rows, inner);
-    let panels_per_task = panels_per_task(&left, rows, columns.div_ceil(LANES));
-    let panel_tasks = columns.div_ceil(LANES).div_ceil(panels_per_task);
+    let panels = columns.div_ceil(LANES);
+    let shares = shares(&left, rows, panels);
     let parallel = pays_in_parallel(rows, columns, inner);
     for_values!(&right.values, values => {
         let right = Panels { values, inner, first: 0, columns, stored: true };
         with_factors(&right, left, rows, |left| {
-            for_each_item(rows.div_ceil(ROWS_PER_TASK) * panel_tasks, parallel, |task| {
-                let first = task % panel_tasks * panels_per_task;
-                let panels = first..columns.div_ceil(LANES).min(first + panels_per_task);
-                block(left, row_block(task / panel_tasks, rows), &right, panels, out, accumulate);
+            for_each_item(rows.div_ceil(ROWS_PER_TASK) * shares, parallel, |task| {
+                let panels = share(task % shares, shares, panels);
+                block(left, row_block(task / shares, rows), &right, panels, out, accumulate);
             });
         });
     });
@@ -168,14 +168,20 @@ fn pays_in_parallel(rows: usize, columns: usize, inner: usize) -> bool {
     rows * columns * inner > SERIAL_PRODUCTS || columns * inner > SERIAL_WEIGHTS
 }
 
-/// Panels that one task works on: fewer where there is one block of rows, so that all threads have some.
-fn panels_per_task(left: &Left, rows: usize, panels: usize) -> usize {
+/// Into how many shares the panels are divided: where there is one block of rows, all threads have equally many.
+fn shares(left: &Left, rows: usize, panels: usize) -> usize {
     let threads = rayon::current_num_threads();
     match rows.div_ceil(ROWS_PER_TASK) {
-        0 | 1 => panels.div_ceil(threads).next_multiple_of(2).clamp(1, PANELS_PER_TASK),
-        blocks if left.collides() && blocks >= 4 * threads => PANELS_PER_COPY,
-        _ => PANELS_PER_TASK,
+        0 | 1 => panels.div_ceil(PANELS_PER_TASK).next_multiple_of(threads).min(panels.div_ceil(2)),
+        blocks if left.collides() && blocks >= 4 * threads => panels.div_ceil(PANELS_PER_COPY),
+        _ => panels.div_ceil(PANELS_PER_TASK),
     }
+}
+
+/// The panels of a share, all shares alike but for two panels, which some kernels take at once.
+fn share(number: usize, shares: usize, panels: usize) -> Range<usize> {
+    let bound = |number: usize| (panels.div_ceil(2) * number / shares * 2).min(panels);
+    bound(number)..bound(number + 1)
 }
 
 fn row_block(number: usize, rows: usize) -> Range<usize> {
@@ -208,7 +214,7 @@ struct Panels<'a, T> {
     first: usize,
     /// Output columns of the whole matrix.
     columns: usize,
-    /// Whether they are weights, which have to be brought from memory.
+    /// Whether they are weights, which have to be brought from memory, one panel behind the other.
     stored: bool,
 }
 
@@ -304,10 +310,9 @@ impl<T: Factor> Part<'_, T> {
             let length = (self.rows.len() - 1) * out.stride + whole.len() * LANES;
             let first = out.buffer.pointer(start, length);
             let out = Target { first, stride: out.stride, accumulate: self.accumulate };
-            let ahead = self.right.stored && self.inner.len() == self.right.steps();
             // SAFETY: the operands were checked, the output range lies inside the buffer, and
             // only these panels of these rows are touched, which belong to this task alone.
-            unsafe { tiles_at(&operands, self.rows.len(), whole.len(), out, ahead) };
+            unsafe { tiles_at(&operands, self.rows.len(), whole.len(), out) };
         }
         if panels.end > whole.end {
             self.narrow(whole.end, columns % LANES, out);
@@ -318,12 +323,15 @@ impl<T: Factor> Part<'_, T> {
         let size = LANES * self.right.steps();
         let skipped = (self.rows.start - self.first_row) * self.left.row_stride;
         let at = panel - self.right.first;
+        let whole = self.right.stored && self.inner.len() == self.right.steps();
+        let next = self.right.values.get((at + PANELS_AT_ONCE) * size..).filter(|_| whole);
         Operands {
             left: Left { values: &self.left.values[skipped.min(self.left.values.len())..], ..self.left },
             inner: self.inner.len(),
             right: &self.right.values[at * size + self.inner.start * LANES..(at + count) * size],
             right_stride: LANES,
             panel_stride: size,
+            next: next.unwrap_or_default(),
         }
     }
 
@@ -357,6 +365,8 @@ pub(super) struct Operands<'a, T = f32> {
     pub(super) right_stride: usize,
     /// Distance between panels.
     pub(super) panel_stride: usize,
+    /// What will be used once the first panels have been, or nothing: asked for as fast as panels are used.
+    pub(super) next: &'a [T],
 }
 
 /// Where tiles go, once their range is checked: element (row, lane) of panel p at `row * stride + p * 16 + lane`.
@@ -395,16 +405,15 @@ pub(super) fn tiles<T: Factor>(
     assert!(out.len() >= (rows - 1) * out_stride + panels * LANES, "output too small");
     let out = Target { first: out.as_mut_ptr(), stride: out_stride, accumulate };
     // SAFETY: the bounds of all three operands were checked above.
-    unsafe { tiles_at(operands, rows, panels, out, false) }
+    unsafe { tiles_at(operands, rows, panels, out) }
 }
 
-/// As [`tiles`], to a place that other threads may be writing around. With `ahead` they are panels
-/// of weights, behind which the next lie.
+/// As [`tiles`], to a place that other threads may be writing around.
 ///
 /// # Safety
 /// The operands were checked, and the rows x panels elements of `out` are the caller's alone.
-unsafe fn tiles_at<T: Factor>(operands: &Operands<T>, rows: usize, panels: usize, out: Target, ahead: bool) {
-    let tiles: unsafe fn(&Operands<T>, usize, usize, Target, bool) = match (isa(), T::STEPS) {
+unsafe fn tiles_at<T: Factor>(operands: &Operands<T>, rows: usize, panels: usize, out: Target) {
+    let tiles: unsafe fn(&Operands<T>, usize, usize, Target) = match (isa(), T::STEPS) {
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512, 2) if has_bf16_products() => pairs_avx512,
         #[cfg(target_arch = "x86_64")]
@@ -417,28 +426,22 @@ unsafe fn tiles_at<T: Factor>(operands: &Operands<T>, rows: usize, panels: usize
         _ => tiles_portable,
     };
     // SAFETY: bounds by the caller's promise; `isa` names an instruction set only after detecting it.
-    unsafe { tiles(operands, rows, panels, out, ahead) }
+    unsafe { tiles(operands, rows, panels, out) }
 }
 
-/// [`sweep`] with some lanes, rows and steps, compiled for an instruction set.
+/// A [`Sweep`] with some lanes, rows and steps, compiled for an instruction set.
 macro_rules! tiles_with {
     ($(#[$attribute:meta])* $name:ident, $lanes:ty, $rows:literal, $steps:literal) => {
         $(#[$attribute])*
-        unsafe fn $name<T: Factor>(
-            operands: &Operands<T>,
-            rows: usize,
-            panels: usize,
-            out: Target,
-            ahead: bool,
-        ) {
+        unsafe fn $name<T: Factor>(operands: &Operands<T>, rows: usize, panels: usize, out: Target) {
             // SAFETY: bounds checked by `tiles`.
             unsafe {
                 if operands.left.inner_stride != 1 {
-                    sweep::<$lanes, T, $rows, $steps, true, false>(operands, rows, panels, out);
-                } else if ahead && ROWS_THAT_READ_AHEAD.contains(&rows) {
-                    sweep::<$lanes, T, $rows, $steps, false, true>(operands, rows, panels, out);
+                    Sweep::<$lanes, T, $rows, $steps, true, false>::new(operands, rows, out).run(panels);
+                } else if !operands.next.is_empty() && ROWS_THAT_READ_AHEAD.contains(&rows) {
+                    Sweep::<$lanes, T, $rows, $steps, false, true>::new(operands, rows, out).run(panels);
                 } else {
-                    sweep::<$lanes, T, $rows, $steps, false, false>(operands, rows, panels, out);
+                    Sweep::<$lanes, T, $rows, $steps, false, false>::new(operands, rows, out).run(panels);
                 }
             }
         }
@@ -469,141 +472,157 @@ tiles_with! {
 }
 tiles_with! { tiles_portable, [f32; 16], 4, 1 }
 
-/// Weights that come next, asked for as fast as those at hand are used. Memory would else wait whenever a second tile of rows
-/// goes over panels that the first has brought near.
-struct Ahead {
-    next: *const u8,
-    /// Rows that use every weight.
-    rows: usize,
-}
-
-impl Ahead {
-    #[inline(always)]
-    fn advance(&mut self, bytes: usize) {
-        let start = self.next;
-        self.next = start.wrapping_add(bytes);
-        prefetch(start, self.next);
-    }
-}
-
 /// Covers rows and panels with register tiles of at most `ROWS` rows, whose loop counts every `STEPS` steps.
-/// `ACROSS` is a left matrix whose rows are adjacent, not its steps; with `AHEAD` the panels behind are asked for.
-#[inline(always)]
-unsafe fn sweep<
-    V: Lanes,
-    T: Factor,
-    const ROWS: usize,
-    const STEPS: usize,
-    const ACROSS: bool,
-    const AHEAD: bool,
->(
-    operands: &Operands<T>,
+/// `ACROSS` is a left matrix whose rows are adjacent, not its steps; with `AHEAD` what comes next is asked for.
+struct Sweep<'a, V, T, const ROWS: usize, const STEPS: usize, const ACROSS: bool, const AHEAD: bool> {
+    operands: &'a Operands<'a, T>,
     rows: usize,
-    panels: usize,
     out: Target,
-) {
-    let few = rows % ROWS % 4;
-    let (many, pair, single) = (rows - few, few & 2, few & 1);
-    for first in (0..panels).step_by(PANELS_AT_ONCE) {
-        let group = first..panels.min(first + PANELS_AT_ONCE);
-        let next = operands.right.as_ptr().wrapping_add(group.end * operands.panel_stride);
-        let ahead = &mut Ahead { next: next.cast(), rows };
-        // SAFETY: the tiles lie inside the bounds that `tiles` checked.
-        unsafe {
-            many_rows::<V, T, ROWS, STEPS, ACROSS, AHEAD>(operands, many, group.clone(), out, ahead);
-            few_rows::<V, T, ROWS, STEPS, ACROSS, AHEAD>(operands, many, pair, group.clone(), out, ahead);
-            few_rows::<V, T, ROWS, STEPS, ACROSS, AHEAD>(operands, many + pair, single, group, out, ahead);
-        }
-    }
+    /// What is asked for next, as fast as the panels at hand are used. Memory would else wait whenever a second tile of rows
+    /// goes over panels that the first has brought near.
+    ahead: *const u8,
+    lanes: PhantomData<V>,
 }
 
-/// The first rows, as many as tiles of four and more cover, of some panels: each of these is swept while it is in the
-/// nearest cache.
-///
-/// # Safety
-/// They lie inside what `tiles` checked.
-#[inline(always)]
-unsafe fn many_rows<
-    V: Lanes,
-    T: Factor,
-    const ROWS: usize,
-    const STEPS: usize,
-    const ACROSS: bool,
-    const AHEAD: bool,
->(
-    operands: &Operands<T>,
-    rows: usize,
-    panels: Range<usize>,
-    out: Target,
-    ahead: &mut Ahead,
-) {
-    // Two panels at once only where the register file holds twelve rows of them: AVX-512.
-    let wide = ROWS >= 12;
-    let mut panel = panels.start;
-    while panel < panels.end {
-        let count = if wide && panel + 1 < panels.end { 2 } else { 1 };
-        let mut row = 0;
-        while row < rows {
+impl<'a, V: Lanes, T: Factor, const ROWS: usize, const STEPS: usize, const ACROSS: bool, const AHEAD: bool>
+    Sweep<'a, V, T, ROWS, STEPS, ACROSS, AHEAD>
+{
+    fn new(operands: &'a Operands<'a, T>, rows: usize, out: Target) -> Self {
+        Self { operands, rows, out, ahead: operands.next.as_ptr().cast(), lanes: PhantomData }
+    }
+
+    /// Goes over all rows and so many panels.
+    ///
+    /// # Safety
+    /// They lie inside what `tiles` checked.
+    #[inline(always)]
+    unsafe fn run(mut self, panels: usize) {
+        let few = self.rows % ROWS % 4;
+        let (many, pair, single) = (self.rows - few, few & 2, few & 1);
+        for first in (0..panels).step_by(PANELS_AT_ONCE) {
+            let group = first..panels.min(first + PANELS_AT_ONCE);
+            self.ahead = self.operands.next.as_ptr().wrapping_add(first * self.operands.inner * LANES).cast();
             // SAFETY: by the caller's promise.
             unsafe {
-                let (height, _) = match (rows - row, count) {
-                    (12.., 2) if wide => {
-                        tile::<V, T, 12, 2, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead)
+                self.many_rows(many, group.clone());
+                self.few_rows(many, pair, group.clone());
+                self.few_rows(many + pair, single, group);
+            }
+        }
+    }
+
+    /// The first rows, as many as tiles of four and more cover, of some panels: each of these is swept while it is in the
+    /// nearest cache.
+    ///
+    /// # Safety
+    /// They lie inside what `tiles` checked.
+    #[inline(always)]
+    unsafe fn many_rows(&mut self, rows: usize, panels: Range<usize>) {
+        // Two panels at once only where the register file holds twelve rows of them: AVX-512.
+        let wide = ROWS >= 12;
+        let mut panel = panels.start;
+        while panel < panels.end {
+            let count = if wide && panel + 1 < panels.end { 2 } else { 1 };
+            let mut row = 0;
+            while row < rows {
+                // SAFETY: by the caller's promise.
+                let (height, _) = unsafe {
+                    match (rows - row, count) {
+                        (12.., 2) if wide => self.tile::<12, 2>(row, panel),
+                        (8.., 2) => self.tile::<8, 2>(row, panel),
+                        (_, 2) => self.tile::<4, 2>(row, panel),
+                        (12.., _) if wide => self.tile::<12, 1>(row, panel),
+                        (6.., _) if ROWS == 6 => self.tile::<6, 1>(row, panel),
+                        _ => self.tile::<4, 1>(row, panel),
                     }
-                    (8.., 2) => tile::<V, T, 8, 2, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
-                    (_, 2) => tile::<V, T, 4, 2, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
-                    (12.., _) if wide => {
-                        tile::<V, T, 12, 1, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead)
-                    }
-                    (6.., _) if ROWS == 6 => {
-                        tile::<V, T, 6, 1, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead)
-                    }
-                    _ => tile::<V, T, 4, 1, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
                 };
                 row += height;
             }
+            panel += count;
         }
-        panel += count;
     }
-}
 
-/// One or two rows, from `row` on, of some panels: several of these at once, since the sums of one alone would wait for
-/// each other.
-///
-/// # Safety
-/// As [`many_rows`].
-#[inline(always)]
-unsafe fn few_rows<
-    V: Lanes,
-    T: Factor,
-    const ROWS: usize,
-    const STEPS: usize,
-    const ACROSS: bool,
-    const AHEAD: bool,
->(
-    operands: &Operands<T>,
-    row: usize,
-    rows: usize,
-    panels: Range<usize>,
-    out: Target,
-    ahead: &mut Ahead,
-) {
-    let mut panel = panels.start;
-    while panel < panels.end && rows > 0 {
-        // SAFETY: by the caller's promise.
-        unsafe {
-            let (_, width) = match (rows, panels.end - panel) {
-                (1, 4..) => tile::<V, T, 1, 4, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
-                (1, 2..) => tile::<V, T, 1, 2, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
-                (1, _) => tile::<V, T, 1, 1, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
-                (_, 4..) if ROWS >= 12 => {
-                    tile::<V, T, 2, 4, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead)
+    /// One or two rows, from `row` on, of some panels: several of these at once, since the sums of one alone would wait for
+    /// each other.
+    ///
+    /// # Safety
+    /// As [`Self::many_rows`].
+    #[inline(always)]
+    unsafe fn few_rows(&mut self, row: usize, rows: usize, panels: Range<usize>) {
+        let mut panel = panels.start;
+        while panel < panels.end && rows > 0 {
+            // SAFETY: by the caller's promise.
+            let (_, width) = unsafe {
+                match (rows, panels.end - panel) {
+                    (1, 4..) => self.tile::<1, 4>(row, panel),
+                    (1, 2..) => self.tile::<1, 2>(row, panel),
+                    (1, _) => self.tile::<1, 1>(row, panel),
+                    (_, 4..) if ROWS >= 12 => self.tile::<2, 4>(row, panel),
+                    (_, 2..) => self.tile::<2, 2>(row, panel),
+                    _ => self.tile::<2, 1>(row, panel),
                 }
-                (_, 2..) => tile::<V, T, 2, 2, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
-                _ => tile::<V, T, 2, 1, STEPS, ACROSS, AHEAD>(operands, row, panel, out, ahead),
             };
             panel += width;
         }
+    }
+
+    /// One register tile; returns its numbers of rows and panels.
+    ///
+    /// # Safety
+    /// It lies inside what `tiles` checked.
+    #[inline(always)]
+    unsafe fn tile<const R: usize, const P: usize>(&mut self, row: usize, panel: usize) -> (usize, usize) {
+        let Operands { left, inner, right, right_stride, panel_stride, .. } = *self.operands;
+        let Target { first, stride, accumulate } = self.out;
+        let (row_stride, inner_stride) = if ACROSS { (1, left.inner_stride) } else { (left.row_stride, 1) };
+        // SAFETY: `tiles` checked that every row, panel and step lies inside its slice.
+        unsafe {
+            let out_at = first.add(row * stride + panel * LANES);
+            let mut sums = [[V::zero(); P]; R];
+            if accumulate {
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    for (p, sum) in sums.iter_mut().enumerate() {
+                        *sum = V::load(out_at.add(r * stride + p * LANES));
+                    }
+                }
+            }
+            let mut rows = [left.values.as_ptr(); R];
+            for (r, at) in rows.iter_mut().enumerate() {
+                *at = at.add((row + r) * row_stride);
+            }
+            let mut panels = [right.as_ptr(); P];
+            for (p, at) in panels.iter_mut().enumerate() {
+                *at = at.add((panel + p) * panel_stride);
+            }
+            let pace = (R * P * STEPS * size_of::<[T; LANES]>()).div_ceil(self.rows);
+            for _ in 0..inner / STEPS {
+                if AHEAD {
+                    let start = self.ahead;
+                    self.ahead = start.wrapping_add(pace);
+                    prefetch(start, self.ahead);
+                }
+                for step in 0..STEPS {
+                    add_step(&mut sums, &rows, if ACROSS { 0 } else { step }, &panels);
+                    if ACROSS {
+                        rows = rows.map(|at| at.wrapping_add(left.inner_stride));
+                    }
+                    panels = panels.map(|at| at.wrapping_add(right_stride));
+                }
+                if !ACROSS {
+                    rows = rows.map(|at| at.wrapping_add(STEPS));
+                }
+            }
+            for step in 0..inner % STEPS {
+                add_step(&mut sums, &rows, step * inner_stride, &panels);
+                panels = panels.map(|at| at.wrapping_add(right_stride));
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                for (p, sum) in sums.iter().enumerate() {
+                    sum.store(out_at.add(r * stride + p * LANES));
+                }
+            }
+        }
+        (R, P)
     }
 }
 
@@ -631,76 +650,6 @@ unsafe fn add_step<V: Lanes, T: Factor, const R: usize, const P: usize>(
             }
         }
     }
-}
-
-/// One register tile; returns its numbers of rows and panels.
-///
-/// # Safety
-/// It lies inside what `tiles` checked.
-#[inline(always)]
-unsafe fn tile<
-    V: Lanes,
-    T: Factor,
-    const R: usize,
-    const P: usize,
-    const STEPS: usize,
-    const ACROSS: bool,
-    const AHEAD: bool,
->(
-    operands: &Operands<T>,
-    row: usize,
-    panel: usize,
-    Target { first, stride, accumulate }: Target,
-    ahead: &mut Ahead,
-) -> (usize, usize) {
-    let Operands { left, inner, right, right_stride, panel_stride } = *operands;
-    let (row_stride, inner_stride) = if ACROSS { (1, left.inner_stride) } else { (left.row_stride, 1) };
-    // SAFETY: `tiles` checked that every row, panel and step lies inside its slice.
-    unsafe {
-        let out_at = first.add(row * stride + panel * LANES);
-        let mut sums = [[V::zero(); P]; R];
-        if accumulate {
-            for (r, sums) in sums.iter_mut().enumerate() {
-                for (p, sum) in sums.iter_mut().enumerate() {
-                    *sum = V::load(out_at.add(r * stride + p * LANES));
-                }
-            }
-        }
-        let mut rows = [left.values.as_ptr(); R];
-        for (r, at) in rows.iter_mut().enumerate() {
-            *at = at.add((row + r) * row_stride);
-        }
-        let mut panels = [right.as_ptr(); P];
-        for (p, at) in panels.iter_mut().enumerate() {
-            *at = at.add((panel + p) * panel_stride);
-        }
-        let pace = (R * P * STEPS * size_of::<[T; LANES]>()).div_ceil(ahead.rows);
-        for _ in 0..inner / STEPS {
-            if AHEAD {
-                ahead.advance(pace);
-            }
-            for step in 0..STEPS {
-                add_step(&mut sums, &rows, if ACROSS { 0 } else { step }, &panels);
-                if ACROSS {
-                    rows = rows.map(|at| at.wrapping_add(left.inner_stride));
-                }
-                panels = panels.map(|at| at.wrapping_add(right_stride));
-            }
-            if !ACROSS {
-                rows = rows.map(|at| at.wrapping_add(STEPS));
-            }
-        }
-        for step in 0..inner % STEPS {
-            add_step(&mut sums, &rows, step * inner_stride, &panels);
-            panels = panels.map(|at| at.wrapping_add(right_stride));
-        }
-        for (r, sums) in sums.iter().enumerate() {
-            for (p, sum) in sums.iter().enumerate() {
-                sum.store(out_at.add(r * stride + p * LANES));
-            }
-        }
-    }
-    (R, P)
 }
 
 #[cfg(test)]
@@ -744,6 +693,20 @@ mod tests {
                 for column in 0..columns {
                     assert_eq!(out[row * columns + column], chain(&a, &w, row, column, inner));
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn shares_take_every_panel_once_and_are_alike() {
+        for panels in 1..200 {
+            for shares in 1..=panels.div_ceil(2) {
+                let all: Vec<_> = (0..shares).map(|number| share(number, shares, panels)).collect();
+                let lengths = || all.iter().map(ExactSizeIterator::len);
+                assert!(all.iter().cloned().flatten().eq(0..panels));
+                assert!(
+                    lengths().min() > Some(0) && lengths().max() <= lengths().min().map(|least| least + 3)
+                );
             }
         }
     }
