@@ -715,10 +715,10 @@ pub struct RunConfig {
     pub logged_rollouts: f32,
     /// Tokens that one micro-batch of a training step may hold.
     pub tokens_per_micro_batch: usize,
-    /// Bytes of activations that a step may keep; a micro-batch that needs more computes its layers
-    /// again in the backward pass, with the same result, and trees that need more even so are computed in parts,
-    /// their shared prefix once. Default: 2 GiB on the CPU, and on a device
-    /// what is free there.
+    /// Bytes of activations that a step may keep. On the CPU a micro-batch is computed in parts, shared prefixes
+    /// once: parts of so many tokens as pay, or of fewer that fit. Where none fit, layers are computed again in the
+    /// backward pass, with the same result; a device does that first, and takes parts where it is not enough. Default:
+    /// 2 GiB on the CPU, and on a device half of what is free there.
     pub activation_bytes: Option<u64>,
     /// Stop when thinking collapses (otherwise it is reported only).
     pub stop_on_collapse: bool,

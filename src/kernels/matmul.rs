@@ -699,7 +699,7 @@ mod tests {
 
     #[test]
     fn shares_take_every_panel_once_and_are_alike() {
-        for panels in 1..200 {
+        for panels in 1..200_usize {
             for shares in 1..=panels.div_ceil(2) {
                 let all: Vec<_> = (0..shares).map(|number| share(number, shares, panels)).collect();
                 let lengths = || all.iter().map(ExactSizeIterator::len);

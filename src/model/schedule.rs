@@ -29,15 +29,24 @@ pub struct Part {
 impl Schedule {
     /// Schedules that have all segments of a forest together, to be followed one after the other. Each holds at most
     /// `tokens` tokens at a time, or one path where that is longer; of a prefix that leaves little room, an eighth more. A
-    /// forest of so many tokens is one part.
-    pub fn of(forest: &Forest, tokens: usize) -> Vec<Self> {
+    /// part has at most `at_once` tokens, or one segment. A forest of no more than either is one part.
+    pub fn of(forest: &Forest, tokens: usize, at_once: usize) -> Vec<Self> {
         let subtrees = Subtrees::of(forest);
+        let most = tokens.min(at_once);
         let mut groups: BTreeMap<Option<usize>, Vec<usize>> = BTreeMap::new();
         for (segment, root) in subtrees.roots.iter().enumerate() {
-            let large = (subtrees.sizes[*root] > tokens).then_some(*root);
+            let large = (subtrees.sizes[*root] > most).then_some(*root);
             groups.entry(large).or_default().push(segment);
         }
-        groups.values().map(|segments| subtrees.schedule(segments, tokens)).collect()
+        groups.values().map(|segments| subtrees.schedule(segments, tokens, most)).collect()
+    }
+
+    /// The most tokens that it holds at a time.
+    pub fn held(&self, forest: &Forest) -> usize {
+        let tokens = |segments: &[usize]| -> usize {
+            segments.iter().map(|segment| forest.segments()[*segment].length).sum()
+        };
+        tokens(&self.prefix) + self.parts.iter().map(|part| tokens(&part.segments)).max().unwrap_or(0)
     }
 }
 
@@ -71,8 +80,8 @@ impl<'a> Subtrees<'a> {
         Self { forest, sizes, continued, roots }
     }
 
-    fn schedule(&self, segments: &[usize], tokens: usize) -> Schedule {
-        let limit = self.limit(segments, tokens);
+    fn schedule(&self, segments: &[usize], tokens: usize, most: usize) -> Schedule {
+        let limit = self.limit(segments, tokens, most);
         let (prefix, others): (Vec<usize>, Vec<usize>) =
             segments.iter().partition(|segment| self.is_prefix(**segment, limit));
         let parts = self.parts(&others, limit, &prefix);
@@ -85,8 +94,8 @@ impl<'a> Subtrees<'a> {
     }
 
     /// The most tokens of a part that fits beside its prefix. Smaller parts have a larger prefix, so the search goes down.
-    fn limit(&self, segments: &[usize], tokens: usize) -> usize {
-        let mut limit = tokens.max(1);
+    fn limit(&self, segments: &[usize], tokens: usize, most: usize) -> usize {
+        let mut limit = most.max(1);
         loop {
             let prefix = segments.iter().filter(|segment| self.is_prefix(**segment, limit));
             let held: usize = prefix.map(|segment| self.forest.segments()[*segment].length).sum();
@@ -184,9 +193,11 @@ mod tests {
     fn every_segment_is_computed_once_behind_its_ancestors() {
         for number in 0..200 {
             let forest = random_forest(number);
-            for limit in [0, 1, 7, 30, 60, 120, 1000] {
+            for (limit, at_once) in
+                [(0, 9), (1, 1), (7, 2), (30, 9), (60, 60), (120, 30), (1000, 60), (1000, 1000)]
+            {
                 let mut times = vec![0; forest.segments().len()];
-                for schedule in Schedule::of(&forest, limit) {
+                for schedule in Schedule::of(&forest, limit, at_once) {
                     let mut seen = vec![false; times.len()];
                     let mut compute = |segment: usize, seen: &mut Vec<bool>| {
                         let parent = forest.segments()[segment].parent;
@@ -219,14 +230,16 @@ mod tests {
         let mut scheduled = 0;
         for number in 0..200 {
             let forest = random_forest(number);
-            for limit in [30, 60, 120, 1000] {
-                for schedule in Schedule::of(&forest, limit) {
+            for (limit, at_once) in [(30, 30), (60, 1000), (120, 40), (1000, 50), (1000, 1000)] {
+                for schedule in Schedule::of(&forest, limit, at_once) {
                     let prefix = tokens(&forest, &schedule.prefix);
                     for part in &schedule.parts {
                         let own = tokens(&forest, &part.segments);
                         let with_tokens = |segment: &&usize| forest.segments()[**segment].length > 0;
                         let leaf = part.segments.iter().filter(with_tokens).count() == 1;
                         assert!(prefix + own <= limit || own <= limit / SMALLEST_SHARE || leaf, "{number}");
+                        assert!(own <= at_once || leaf, "{number}");
+                        assert!(schedule.held(&forest) >= prefix + own);
                     }
                     scheduled += usize::from(!schedule.prefix.is_empty() && schedule.parts.len() > 1);
                 }
@@ -242,9 +255,10 @@ mod tests {
             let all: Vec<usize> = (0..forest.segments().len()).collect();
             let part = Part { path: Vec::new(), segments: all };
             let whole = Schedule { prefix: Vec::new(), parts: vec![part] };
-            assert_eq!(Schedule::of(&forest, forest.ids().len()), [whole]);
+            let tokens = forest.ids().len();
+            assert_eq!(Schedule::of(&forest, tokens, tokens), [whole]);
         }
-        assert_eq!(Schedule::of(&Forest::default(), 0), []);
+        assert_eq!(Schedule::of(&Forest::default(), 0, 0), []);
     }
 
     /// Prompts at several places of a trunk share parts; the replies of a large one do not mix with those of others.
@@ -259,11 +273,13 @@ mod tests {
             let replies: Vec<usize> = (0..4).map(|_| forest.add(Some(footer), &vec![0; length])).collect();
             prompts.push((footer, replies));
         }
-        let [schedule] = &Schedule::of(&forest, 190)[..] else { unreachable!() };
+        let [schedule] = &Schedule::of(&forest, 190, 190)[..] else { unreachable!() };
         assert_eq!(schedule.prefix, [first, second, prompts[3].0]);
         let parts: Vec<(&[usize], usize)> =
             schedule.parts.iter().map(|part| (&part.path[..], part.segments.len())).collect();
         // 88 tokens are left beside the prefix: three small prompts, then the large one's replies by twos.
         assert_eq!(parts, [(&[0, 1][..], 15), (&[0, 1, 2], 2), (&[0, 1, 2], 2)]);
+        // With room for all, parts of so many tokens are the same.
+        assert_eq!(Schedule::of(&forest, usize::MAX, 88), std::slice::from_ref(schedule));
     }
 }

@@ -138,7 +138,7 @@ mod tests {
         expected.sort();
         for limit in [usize::MAX, 60, 30, 20, 1] {
             let mut found = Vec::new();
-            for schedule in Schedule::of(&batch.forest, limit) {
+            for schedule in Schedule::of(&batch.forest, limit, limit) {
                 let mut excerpts = vec![batch.excerpt(&[], &schedule.prefix)];
                 for part in &schedule.parts {
                     let path: Vec<usize> = part.path.iter().map(|place| schedule.prefix[*place]).collect();

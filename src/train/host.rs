@@ -10,8 +10,8 @@ use crate::config::OptimizerConfig;
 use crate::kernels::elementary::add;
 use crate::kernels::parallel;
 use crate::model::{
-    Carried, Decoder, KvCache, ModelError, NodeId, PrefixGradients, Schedule, Tape, Targets, TokenScore,
-    Workspace,
+    Carried, Decoder, Forest, KvCache, ModelError, NodeId, PrefixGradients, Schedule, Tape, Targets,
+    TokenScore, Workspace,
 };
 use crate::time::Time;
 use rayon::prelude::*;
@@ -25,6 +25,10 @@ const LANE_BYTES: usize = 256 << 20;
 
 /// Bytes of activations that all gradient lanes may hold unless a caller says otherwise.
 const ACTIVATION_BYTES: u64 = 2 << 30;
+/// Tokens behind a prefix that a lane computes at a time: more take memory and are no faster.
+const TOKENS_AT_ONCE: usize = 1024;
+/// The same where there is one lane, so that all threads share each operation.
+const TOKENS_ON_ALL_THREADS: usize = 4096;
 
 /// Parameters, gradients and the optimiser in the machine's memory.
 pub(super) struct HostTrainer {
@@ -60,23 +64,38 @@ struct Side {
     part: Vec<NodeId>,
 }
 
-/// Micro-batches of how many tokens activations have room for.
+/// How many tokens a lane may hold.
 #[derive(Clone, Copy)]
 struct Limits {
     /// With all that the backward pass needs.
-    tokens_on_tape: u64,
+    tokens_on_tape: usize,
     /// With the inputs of layers, which are computed again.
     tokens: usize,
+    /// Behind a prefix.
+    at_once: usize,
 }
 
 impl Limits {
     /// For each of the lanes that activations of so many bytes are shared by.
     fn of(decoder: &Decoder, bytes: u64, lanes: usize) -> Self {
-        let tokens = |bytes_per_token: usize| bytes / (lanes * bytes_per_token).max(1) as u64;
+        let tokens = |bytes_per_token: usize| {
+            usize::try_from(bytes / (lanes * bytes_per_token).max(1) as u64).unwrap_or(usize::MAX)
+        };
         Self {
             tokens_on_tape: tokens(decoder.tape_bytes_per_token()),
-            tokens: usize::try_from(tokens(decoder.input_bytes_per_token())).unwrap_or(usize::MAX),
+            tokens: tokens(decoder.input_bytes_per_token()),
+            at_once: if lanes > 1 { TOKENS_AT_ONCE } else { TOKENS_ON_ALL_THREADS },
         }
+    }
+
+    /// In which parts a forest is computed, and whether its layers are computed again: where no parts are small enough that
+    /// all is held which the backward pass needs.
+    fn schedules(self, forest: &Forest) -> (Vec<Schedule>, bool) {
+        let kept = Schedule::of(forest, self.tokens_on_tape, self.at_once);
+        if kept.iter().all(|schedule| schedule.held(forest) <= self.tokens_on_tape) {
+            return (kept, false);
+        }
+        (Schedule::of(forest, self.tokens, self.at_once), true)
     }
 }
 
@@ -205,10 +224,10 @@ impl Lane {
         limits: Limits,
         buffers: &mut Buffers,
     ) -> Result<Totals, ModelError> {
-        let recompute = batch.forest.ids().len() as u64 > limits.tokens_on_tape;
+        let (schedules, recompute) = limits.schedules(&batch.forest);
         (buffers.prefix_tape.recompute, buffers.part_tape.recompute) = (recompute, recompute);
         let mut totals = Totals::default();
-        for schedule in Schedule::of(&batch.forest, limits.tokens) {
+        for schedule in schedules {
             self.follow(pass, batch, &schedule, buffers, &mut totals)?;
         }
         Ok(totals)

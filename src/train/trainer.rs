@@ -117,9 +117,10 @@ pub struct TrainerState<'a> {
 /// A decoder with its optimiser.
 pub struct Trainer {
     decoder: Decoder,
-    /// Bytes of activations that a step may hold; where a micro-batch needs more, its layers are computed again in the
-    /// backward pass, and where their inputs alone need more, it runs by schedule (see [`Schedule`](crate::model::Schedule)).
-    /// `None` is 2 GiB on the CPU, and on a device what is free.
+    /// Bytes of activations that a step may hold. On the CPU micro-batches run by schedule (see
+    /// [`Schedule`](crate::model::Schedule)), in parts of so many tokens as pay or of fewer that fit; where none fit, layers
+    /// are computed again in the backward pass. A device does that first, and takes parts where it is not enough.
+    /// `None` is 2 GiB on the CPU, and on a device half of what is free.
     pub activation_bytes: Option<u64>,
     place: Place,
 }

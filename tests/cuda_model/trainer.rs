@@ -190,7 +190,7 @@ fn a_schedule_has_the_scores_of_one_pass_and_its_gradients() {
         let (expected, sums) = updated(batch.forest.ids().len());
         assert_eq!(sums.mismatched, 0);
         for tokens in [70, 1] {
-            let planned = Schedule::of(&batch.forest, tokens);
+            let planned = Schedule::of(&batch.forest, tokens, tokens);
             assert!(planned.iter().all(|schedule| !schedule.prefix.is_empty() && schedule.parts.len() > 1));
             let (found, totals) = updated(tokens);
             let apart = difference(&found, &expected);

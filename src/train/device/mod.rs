@@ -140,7 +140,7 @@ impl DeviceTrainer {
         let tokens = self.tokens_at_a_time(pass.decoder, activation_bytes);
         for batch in batches {
             let recompute = self.recomputes(pass.decoder, batch, activation_bytes)?;
-            for schedule in Schedule::of(&batch.forest, tokens) {
+            for schedule in Schedule::of(&batch.forest, tokens, tokens) {
                 let gradients = &mut self.gradients;
                 totals.absorb(&pass.accumulate(batch, &schedule, recompute, gradients, &mut marks)?);
             }
