@@ -716,8 +716,8 @@ pub struct RunConfig {
     /// Tokens that one micro-batch of a training step may hold.
     pub tokens_per_micro_batch: usize,
     /// Bytes of activations that a step may keep. On the CPU a micro-batch is computed in parts, shared prefixes
-    /// once: parts of so many tokens as pay, or of fewer that fit. Where none fit, layers are computed again in the
-    /// backward pass, with the same result; a device does that first, and takes parts where it is not enough. Default:
+    /// once: parts of so many tokens as pay, or of fewer that fit. Where none of a fair size fit, layers are computed again in
+    /// the backward pass; the order of sums is that of the parts. A device does that first, and takes parts where it is not enough. Default:
     /// 2 GiB on the CPU, and on a device half of what is free there.
     pub activation_bytes: Option<u64>,
     /// Stop when thinking collapses (otherwise it is reported only).

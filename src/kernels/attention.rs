@@ -291,7 +291,7 @@ impl Job<'_> {
         }
     }
 
-    /// The values of these positions are asked for, which are needed after all scores.
+    /// Scores of some rows against an extent's keys. Its values, which are needed after all scores, are asked for meanwhile.
     fn score_extent(
         &self,
         queries: &[f32],

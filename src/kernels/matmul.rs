@@ -168,7 +168,8 @@ fn pays_in_parallel(rows: usize, columns: usize, inner: usize) -> bool {
     rows * columns * inner > SERIAL_PRODUCTS || columns * inner > SERIAL_WEIGHTS
 }
 
-/// Into how many shares the panels are divided: where there is one block of rows, all threads have equally many.
+/// Into how many shares the panels are divided: where there is one block of rows, equally many for each thread, as far as
+/// there are panels.
 fn shares(left: &Left, rows: usize, panels: usize) -> usize {
     let threads = rayon::current_num_threads();
     match rows.div_ceil(ROWS_PER_TASK) {
@@ -705,7 +706,7 @@ mod tests {
                 let lengths = || all.iter().map(ExactSizeIterator::len);
                 assert!(all.iter().cloned().flatten().eq(0..panels));
                 assert!(
-                    lengths().min() > Some(0) && lengths().max() <= lengths().min().map(|least| least + 3)
+                    lengths().min() > Some(0) && lengths().max() <= lengths().min().map(|least| least + 2)
                 );
             }
         }

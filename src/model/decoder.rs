@@ -260,6 +260,9 @@ impl Decoder {
     ) {
         let at = &self.weights.layers[layer];
         let (rows, width) = (workspace.positions.len(), self.config.qkv_width());
+        if let Some(tape) = tape.as_deref_mut() {
+            exchange(tape, workspace);
+        }
         self.norm_rows(
             &workspace.x,
             &at[Vector::InputNorm],
@@ -284,18 +287,18 @@ impl Decoder {
             for_each_row(&mut workspace.x, self.config.hidden_size, |_, row| add(row, bias));
         }
         if let Some(tape) = tape.as_deref_mut() {
-            swap(&mut tape.qkv, &mut workspace.qkv);
-            swap(&mut tape.attended, &mut workspace.attended);
-            swap(&mut tape.log_sums, &mut workspace.log_sums);
             copy_to(&mut tape.middle, &workspace.x);
         }
-        self.feed_forward(at, workspace, tape);
+        self.feed_forward(at, workspace, tape.as_deref_mut());
+        if let Some(tape) = tape {
+            exchange(tape, workspace);
+        }
     }
 
-    fn feed_forward(&self, at: &LayerWeights, workspace: &mut Workspace, mut tape: Option<&mut LayerTape>) {
+    fn feed_forward(&self, at: &LayerWeights, workspace: &mut Workspace, tape: Option<&mut LayerTape>) {
         let (rows, hidden, inner) =
             (workspace.positions.len(), self.config.hidden_size, self.config.intermediate_size);
-        let scales = tape.as_deref_mut().map(|tape| &mut tape.middle_scales);
+        let scales = tape.map(|tape| &mut tape.middle_scales);
         self.norm_rows(&workspace.x, &at[Vector::PostNorm], &mut workspace.normed, scales);
         let gate_up = sized(&mut workspace.gate_up, rows * 2 * inner);
         matmul(Left::rows(&workspace.normed, hidden), rows, &at[Matrix::GateUp], gate_up, false);
@@ -303,9 +306,6 @@ impl Decoder {
         for_each_row(sized(&mut workspace.activated, rows * inner), inner, |row, out| {
             swiglu::forward(&gate_up[row * 2 * inner..][..2 * inner], out);
         });
-        if let Some(tape) = tape {
-            swap(&mut tape.gate_up, &mut workspace.gate_up);
-        }
         matmul(Left::rows(&workspace.activated, inner), rows, &at[Matrix::Down], &mut workspace.x, true);
     }
 
@@ -396,6 +396,15 @@ impl Decoder {
     pub fn input_bytes_per_token(&self) -> usize {
         self.config.layers * self.config.hidden_size * size_of::<f32>()
     }
+}
+
+/// Lends a tape's buffers to a workspace for a layer, or takes them back, filled: each keeps its own, since a long prefix's would
+/// else go about among all.
+fn exchange(tape: &mut LayerTape, workspace: &mut Workspace) {
+    swap(&mut tape.qkv, &mut workspace.qkv);
+    swap(&mut tape.attended, &mut workspace.attended);
+    swap(&mut tape.log_sums, &mut workspace.log_sums);
+    swap(&mut tape.gate_up, &mut workspace.gate_up);
 }
 
 fn set_positions(positions: &mut Vec<usize>, rows: usize, extensions: &[Extension], cache: &KvCache) {

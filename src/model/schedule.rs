@@ -1,4 +1,4 @@
-//! In which order the segments of a forest are computed that is too large to be computed at once.
+//! In which order the segments of a forest are computed that is better not computed at once.
 
 use super::Forest;
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ const SMALLEST_SHARE: usize = 8;
 /// each direction, and what the backward pass needs is held for the prefix and one part at a time.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Schedule {
-    /// Segments that are too large to be in one part with all their descendants, in order of their numbers.
+    /// Segments that are not in one part with all their descendants, in order of their numbers.
     pub prefix: Vec<usize>,
     /// What continues the prefix; without one, whole trees.
     pub parts: Vec<Part>,
@@ -29,7 +29,8 @@ pub struct Part {
 impl Schedule {
     /// Schedules that have all segments of a forest together, to be followed one after the other. Each holds at most
     /// `tokens` tokens at a time, or one path where that is longer; of a prefix that leaves little room, an eighth more. A
-    /// part has at most `at_once` tokens, or one segment. A forest of no more than either is one part.
+    /// part has at most `at_once` tokens, or one segment, unless its schedule would then hold too much. A forest of no more
+    /// than either is one part.
     pub fn of(forest: &Forest, tokens: usize, at_once: usize) -> Vec<Self> {
         let subtrees = Subtrees::of(forest);
         let most = tokens.min(at_once);
@@ -38,7 +39,7 @@ impl Schedule {
             let large = (subtrees.sizes[*root] > most).then_some(*root);
             groups.entry(large).or_default().push(segment);
         }
-        groups.values().map(|segments| subtrees.schedule(segments, tokens, most)).collect()
+        groups.values().map(|segments| subtrees.schedule(segments, tokens, at_once)).collect()
     }
 
     /// The most tokens that it holds at a time.
@@ -80,11 +81,22 @@ impl<'a> Subtrees<'a> {
         Self { forest, sizes, continued, roots }
     }
 
-    fn schedule(&self, segments: &[usize], tokens: usize, most: usize) -> Schedule {
-        let limit = self.limit(segments, tokens, most);
+    fn schedule(&self, segments: &[usize], tokens: usize, at_once: usize) -> Schedule {
+        let most = tokens.min(at_once);
+        let wanted = self.divide(segments, most, most);
+        if wanted.held(self.forest) <= tokens {
+            return wanted;
+        }
+        let limit = self.limit(segments, tokens);
+        self.divide(segments, limit, limit.min(at_once))
+    }
+
+    /// A schedule whose prefix are the segments with more than `limit` tokens below, and whose parts have `most` of them, or
+    /// one subtree.
+    fn divide(&self, segments: &[usize], limit: usize, most: usize) -> Schedule {
         let (prefix, others): (Vec<usize>, Vec<usize>) =
             segments.iter().partition(|segment| self.is_prefix(**segment, limit));
-        let parts = self.parts(&others, limit, &prefix);
+        let parts = self.parts(&others, most, &prefix);
         Schedule { prefix, parts }
     }
 
@@ -94,8 +106,8 @@ impl<'a> Subtrees<'a> {
     }
 
     /// The most tokens of a part that fits beside its prefix. Smaller parts have a larger prefix, so the search goes down.
-    fn limit(&self, segments: &[usize], tokens: usize, most: usize) -> usize {
-        let mut limit = most.max(1);
+    fn limit(&self, segments: &[usize], tokens: usize) -> usize {
+        let mut limit = tokens.max(1);
         loop {
             let prefix = segments.iter().filter(|segment| self.is_prefix(**segment, limit));
             let held: usize = prefix.map(|segment| self.forest.segments()[*segment].length).sum();
@@ -189,6 +201,10 @@ mod tests {
         segments.iter().map(|segment| forest.segments()[*segment].length).sum()
     }
 
+    fn most_held(forest: &Forest, schedules: &[Schedule]) -> usize {
+        schedules.iter().map(|schedule| schedule.held(forest)).max().unwrap_or(0)
+    }
+
     #[test]
     fn every_segment_is_computed_once_behind_its_ancestors() {
         for number in 0..200 {
@@ -231,16 +247,21 @@ mod tests {
         for number in 0..200 {
             let forest = random_forest(number);
             for (limit, at_once) in [(30, 30), (60, 1000), (120, 40), (1000, 50), (1000, 1000)] {
-                for schedule in Schedule::of(&forest, limit, at_once) {
+                let least = most_held(&forest, &Schedule::of(&forest, limit, usize::MAX));
+                let schedules = Schedule::of(&forest, limit, at_once);
+                assert!(most_held(&forest, &schedules) <= limit.max(least), "{number}");
+                for schedule in schedules {
                     let prefix = tokens(&forest, &schedule.prefix);
+                    let mut largest = 0;
                     for part in &schedule.parts {
                         let own = tokens(&forest, &part.segments);
                         let with_tokens = |segment: &&usize| forest.segments()[**segment].length > 0;
                         let leaf = part.segments.iter().filter(with_tokens).count() == 1;
                         assert!(prefix + own <= limit || own <= limit / SMALLEST_SHARE || leaf, "{number}");
-                        assert!(own <= at_once || leaf, "{number}");
-                        assert!(schedule.held(&forest) >= prefix + own);
+                        assert!(own <= at_once || leaf || limit < 1000, "{number}");
+                        largest = largest.max(own);
                     }
+                    assert_eq!(schedule.held(&forest), prefix + largest);
                     scheduled += usize::from(!schedule.prefix.is_empty() && schedule.parts.len() > 1);
                 }
             }
@@ -259,6 +280,21 @@ mod tests {
             assert_eq!(Schedule::of(&forest, tokens, tokens), [whole]);
         }
         assert_eq!(Schedule::of(&Forest::default(), 0, 0), []);
+    }
+
+    /// Parts of so many tokens as are wanted would make all but the leaves a prefix.
+    #[test]
+    fn larger_parts_are_taken_where_their_prefix_is_smaller() {
+        let mut forest = Forest::default();
+        let root = forest.add(None, &[0; 10]);
+        for _ in 0..100 {
+            let child = forest.add(Some(root), &[0; 50]);
+            (0..10).for_each(|_| _ = forest.add(Some(child), &[0; 100]));
+        }
+        let [schedule] = &Schedule::of(&forest, 2000, 1024)[..] else { unreachable!() };
+        assert_eq!((schedule.parts.len(), schedule.held(&forest)), (100, 1060));
+        let [schedule] = &Schedule::of(&forest, 7000, 1024)[..] else { unreachable!() };
+        assert_eq!((schedule.parts.len(), schedule.held(&forest)), (100, 6010));
     }
 
     /// Prompts at several places of a trunk share parts; the replies of a large one do not mix with those of others.

@@ -25,7 +25,8 @@ const LANE_BYTES: usize = 256 << 20;
 
 /// Bytes of activations that all gradient lanes may hold unless a caller says otherwise.
 const ACTIVATION_BYTES: u64 = 2 << 30;
-/// Tokens behind a prefix that a lane computes at a time: more take memory and are no faster.
+/// Tokens behind a prefix that a lane computes at a time, as far as the prefix does not grow by it too much: more take memory
+/// and are no faster where prefixes are shorter than some thousand tokens.
 const TOKENS_AT_ONCE: usize = 1024;
 /// The same where there is one lane, so that all threads share each operation.
 const TOKENS_ON_ALL_THREADS: usize = 4096;
@@ -88,8 +89,8 @@ impl Limits {
         }
     }
 
-    /// In which parts a forest is computed, and whether its layers are computed again: where no parts are small enough that
-    /// all is held which the backward pass needs.
+    /// In which parts a forest is computed, and whether its layers are computed again: where no parts of a fair size are small
+    /// enough that all is held which the backward pass needs.
     fn schedules(self, forest: &Forest) -> (Vec<Schedule>, bool) {
         let kept = Schedule::of(forest, self.tokens_on_tape, self.at_once);
         if kept.iter().all(|schedule| schedule.held(forest) <= self.tokens_on_tape) {
@@ -227,8 +228,9 @@ impl Lane {
         let (schedules, recompute) = limits.schedules(&batch.forest);
         (buffers.prefix_tape.recompute, buffers.part_tape.recompute) = (recompute, recompute);
         let mut totals = Totals::default();
+        let mut reference = pass.reference.map(Side::new);
         for schedule in schedules {
-            self.follow(pass, batch, &schedule, buffers, &mut totals)?;
+            self.follow(pass, batch, &schedule, buffers, reference.as_mut(), &mut totals)?;
         }
         Ok(totals)
     }
@@ -239,20 +241,23 @@ impl Lane {
         batch: &MicroBatch,
         schedule: &Schedule,
         buffers: &mut Buffers,
+        mut reference: Option<&mut Side>,
         totals: &mut Totals,
     ) -> Result<(), ModelError> {
         let Buffers { policy, prefix_tape, part_tape, carried } = buffers;
-        let mut reference = pass.reference.map(Side::new);
         policy.clear();
+        if let Some(reference) = &mut reference {
+            reference.clear();
+        }
         let (prefix, parts) = Step::all(batch, schedule);
-        let wanted = self.forward(pass, &prefix, policy, reference.as_mut(), prefix_tape)?;
+        let wanted = self.forward(pass, &prefix, policy, reference.as_deref_mut(), prefix_tape)?;
         policy.keep(&prefix);
         if let Some(reference) = &mut reference {
             reference.keep(&prefix);
         }
         carried.reset(pass.decoder.config(), prefix.len());
         for step in parts {
-            let wanted = self.forward(pass, &step, policy, reference.as_mut(), part_tape)?;
+            let wanted = self.forward(pass, &step, policy, reference.as_deref_mut(), part_tape)?;
             let carried = Carried::ToPrefix(carried);
             self.backward(pass, &step, wanted.as_deref(), policy, part_tape, carried, totals);
             policy.release();
@@ -377,6 +382,26 @@ impl Side {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn layers_are_computed_again_only_where_no_parts_fit() {
+        let mut forest = Forest::default();
+        let trunk = forest.add(None, &[0; 300]);
+        for _ in 0..8 {
+            let footer = forest.add(Some(trunk), &[0; 20]);
+            (0..4).for_each(|_| _ = forest.add(Some(footer), &[0; 40]));
+        }
+        let planned = |tokens_on_tape, at_once| {
+            let (schedules, again) = Limits { tokens_on_tape, tokens: 10_000, at_once }.schedules(&forest);
+            let [schedule] = &schedules[..] else { unreachable!() };
+            (schedule.parts.len(), schedule.held(&forest), again)
+        };
+        assert_eq!(planned(10_000, 10_000), (1, 1740, false));
+        assert_eq!(planned(10_000, 400), (4, 660, false));
+        assert_eq!(planned(700, 10_000), (4, 660, false));
+        // The trunk alone has no room.
+        assert_eq!(planned(299, 400), (4, 660, true));
+    }
 
     #[test]
     fn gradient_buffers_have_bounded_room_and_one_there_always_is() {
